@@ -1,0 +1,328 @@
+"""The autograd functions and the choice of schedule. Backend-agnostic: what is computed on a run of rows is in
+`problem.py`.
+
+RowValues serves every per-row value (log-probabilities, KL) under any upstream gradient:
+    none       nothing wants a gradient: no E, 1 unit (2 for KL)
+    keep       E of the batch fits the workspace and is kept; both products in the backward: 3 units, 2 with a side
+    frozen unscaled   it does not, and only hidden wants a gradient: E is used up chunk by chunk into an unscaled
+    dhidden in the forward;
+               the backward is a row scaling: 2 units
+    recompute  otherwise: E is computed again, chunk by chunk, in the backward: 4 units
+SequenceLoss knows the loss, so chunks of whole groups get their upstream gradient in the forward: 3 units at any size.
+
+Neither backward writes into what the forward saved, so a retained graph gives the same gradients twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .objectives import Objective
+from .options import Needs, Spec
+from .problem import Coefficients, Gradients, Problem
+
+_NO_DOUBLE_BACKWARD = (
+    "unlearn_kernels: second derivatives are not available; the gradient of a fused log-likelihood or loss was itself "
+    "differentiated. Call backward without create_graph=True, or use unlearn_kernels.reference"
+)
+
+
+class _Once(torch.autograd.Function):
+    """Identity on a gradient that refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *sources: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(_NO_DOUBLE_BACKWARD)
+
+
+def _once(gradients: tuple[Tensor | None, ...], *sources: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under create_graph=True the gradients stay connected to what they depend on, by a node that refuses."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return gradients
+    connected = [source for source in sources if source is not None and source.requires_grad]
+    return tuple(None if grad is None else _Once.apply(grad, *connected) for grad in gradients)
+
+
+def choose_schedule(problem: Problem) -> str:
+    needs = problem.spec.needs
+    if not any(needs):
+        return "none"
+    if problem.num_rows <= problem.rows_that_fit():
+        return "keep"
+    return "unscaled" if needs == Needs(True, False, False, False, False) else "recompute"
+
+
+class RowValues(torch.autograd.Function):
+    """value_t per row, float64 [N]: log p(y_t), or KL(ref || policy) where a reference is given."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        targets: Tensor | None,
+        ref_hidden: Tensor | None,
+        ref_weight: Tensor | None,
+        spec: Spec,
+    ) -> Tensor:
+        problem = Problem(hidden, weight, bias, lora_a, lora_b, targets, ref_hidden, ref_weight, spec)
+        num_rows = problem.num_rows
+        schedule = choose_schedule(problem)
+        inputs = (hidden, weight, bias, lora_a, lora_b, targets, ref_hidden, ref_weight)
+        kept: tuple[Tensor | None, ...] = (None, None, None)
+        if schedule == "keep":
+            e_NV = problem.new_e(num_rows)
+            rows = problem.evaluate(0, num_rows, e_NV, problem.scratch(num_rows))
+            kept = (e_NV, rows.target_coeff_C, rows.e_coeff_C)
+            value = rows.value_C
+        elif schedule == "unscaled":
+            value, dhidden = _unscaled(problem)
+            kept = (dhidden, None, None)
+        else:
+            value = problem.evaluate(0, num_rows, None, problem.scratch(num_rows)).value_C
+        ctx.spec, ctx.schedule = spec, schedule
+        ctx.save_for_backward(*inputs, *kept)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        hidden, weight, bias, lora_a, lora_b, targets, ref_hidden, ref_weight, *kept = ctx.saved_tensors
+        with torch.no_grad():
+            problem = Problem(hidden, weight, bias, lora_a, lora_b, targets, ref_hidden, ref_weight, ctx.spec)
+            if ctx.schedule == "keep":
+                gradients = _from_kept(problem, kept, upstream)
+            elif ctx.schedule == "unscaled":
+                gradients = problem.scaled(Gradients(hidden_NH=kept[0]), upstream)
+            else:
+                gradients = _recompute(problem, upstream)
+        return *_once(gradients, upstream, hidden, weight, bias, lora_a, lora_b), None, None, None, None
+
+
+def _from_kept(problem: Problem, kept: Any, upstream_N: Tensor) -> tuple[Tensor | None, ...]:
+    e_NV, target_coeff_N, e_coeff_N = kept
+    rows = Coefficients(upstream_N, target_coeff_N, e_coeff_N).times(upstream_N)
+    grads = problem.new_gradients(final=True)
+    problem.add_gradients(0, problem.num_rows, e_NV, rows, grads, problem.scratch(problem.num_rows))
+    return problem.scaled(grads, None)
+
+
+def _unscaled(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """Values and the gradient of hidden for an upstream gradient of 1, chunk by chunk."""
+    grads = problem.new_gradients(final=False)
+    size = problem.rows_that_fit()
+    e_CV, scratch = problem.new_e(size), problem.scratch(size)
+    values = []
+    for start in range(0, problem.num_rows, size):
+        stop = min(start + size, problem.num_rows)
+        rows = problem.evaluate(start, stop, e_CV[: stop - start], scratch)
+        problem.add_gradients(start, stop, e_CV[: stop - start], rows, grads, scratch)
+        values.append(rows.value_C)
+    return torch.cat(values), grads.hidden_NH
+
+
+def _recompute(problem: Problem, upstream_N: Tensor) -> tuple[Tensor | None, ...]:
+    size = min(problem.rows_that_fit(), problem.num_rows)
+    grads = problem.new_gradients(final=size == problem.num_rows)
+    add_recomputed(problem, 0, problem.num_rows, upstream_N, grads, problem.new_e(size), problem.scratch(size))
+    return problem.scaled(grads, None)
+
+
+def add_recomputed(
+    problem: Problem, first: int, last: int, upstream_N: Tensor, grads: Gradients, e_CV: Tensor, scratch: Tensor
+) -> None:
+    """Gradients of rows first:last under a known upstream gradient, in chunks of as many rows as e_CV has."""
+    for start in range(first, last, e_CV.shape[0]):
+        stop = min(start + e_CV.shape[0], last)
+        rows = problem.evaluate(start, stop, e_CV[: stop - start], scratch)
+        rows = rows.times(upstream_N[start:stop])
+        problem.add_gradients(start, stop, e_CV[: stop - start], rows, grads, scratch)
+
+
+class Plan(NamedTuple):
+    """Where the sequences and groups lie, on the host."""
+
+    boundaries: list[int]  # B + 1 row numbers
+    groups: list[int]  # sizes in sequences
+
+    def chunks(self, max_rows: int) -> list[tuple[int, int]]:
+        """Runs of whole groups, as sequence ranges, of at most max_rows rows; a longer group is a chunk of its own."""
+        chunks, first, last = [], 0, 0
+        for size in self.groups:
+            if last > first and self.boundaries[last + size] - self.boundaries[first] > max_rows:
+                chunks.append((first, last))
+                first = last
+            last += size
+        return [*chunks, (first, last)]
+
+
+class _Scores(NamedTuple):
+    """Of some whole sequences: log-likelihoods, losses and dloss / dlogprob, float64 [b]."""
+
+    logprob: Tensor
+    loss: Tensor
+    slope: Tensor
+
+
+class SequenceLoss(torch.autograd.Function):
+    """(sum of the objective's losses, logprobs [B], active [B]); gradients of the sum only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        targets: Tensor,
+        spec: Spec,
+        objective: Objective,
+        plan: Plan,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        problem = Problem(hidden, weight, bias, lora_a, lora_b, targets, None, None, spec)
+        run = _LossRun(problem, objective, plan)
+        ctx.spec = spec
+        saved: tuple[Tensor | None, ...]
+        if not any(spec.needs) or spec.skip_below > 0:
+            run.values_first()
+            grads = run.gradients_of_active() if any(spec.needs) else Gradients()
+            ctx.kind, saved = "scale", _buffers(grads)
+        elif problem.num_rows <= problem.rows_that_fit():
+            e_NV, rows = run.keep()
+            ctx.kind, saved = "keep", (e_NV, rows.target_coeff_C, rows.e_coeff_C, None, None)
+        else:
+            ctx.kind, saved = "scale", _buffers(run.chunk_by_chunk())
+        scores = run.scores()
+        ctx.save_for_backward(hidden, weight, bias, lora_a, lora_b, targets, *saved)
+        active = run.active(scores.slope)
+        ctx.mark_non_differentiable(scores.logprob, active)
+        ctx.set_materialize_grads(False)
+        return scores.loss.sum(), scores.logprob, active
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *unused: Any) -> Any:
+        if upstream is None:
+            return (None,) * 9
+        hidden, weight, bias, lora_a, lora_b, targets, *saved = ctx.saved_tensors
+        with torch.no_grad():
+            problem = Problem(hidden, weight, bias, lora_a, lora_b, targets, None, None, ctx.spec)
+            if ctx.kind == "keep":
+                gradients = _from_kept(problem, saved[:3], upstream.expand(problem.num_rows))
+            else:
+                gradients = problem.scaled(Gradients(*saved), upstream)
+        return *_once(gradients, upstream, hidden, weight, bias, lora_a, lora_b), None, None, None, None
+
+
+def _buffers(grads: Gradients) -> tuple[Tensor | None, ...]:
+    return grads.hidden_NH, grads.weight_VH, grads.bias_V, grads.lora_a_RH, grads.lora_b_VR
+
+
+class _LossRun:
+    """One forward of SequenceLoss: rows to log-likelihoods to losses to slopes, in the order a schedule asks for."""
+
+    def __init__(self, problem: Problem, objective: Objective, plan: Plan) -> None:
+        self.problem, self.objective, self.plan = problem, objective, plan
+        device = problem.hidden_NH.device
+        self.boundaries = torch.tensor(plan.boundaries, device=device)
+        self.lengths = self.boundaries.diff()
+        self.index = torch.arange(len(plan.boundaries) - 1, device=device)
+        self.parts: list[_Scores] = []
+
+    def score(self, first: int, last: int, value_C: Tensor) -> Tensor:
+        """Sequences first:last from their rows' log-probabilities; returns the slope per row, float64."""
+        offsets = self.boundaries[first : last + 1] - self.plan.boundaries[first]
+        logprob = sequence_sums(value_C, offsets)
+        lengths, index = self.lengths[first:last], self.index[first:last]
+        loss, slope = evaluate_objective(self.objective, logprob, lengths, index)
+        self.parts.append(_Scores(logprob, loss, slope))
+        return torch.repeat_interleave(slope, lengths, output_size=value_C.shape[0])
+
+    def scores(self) -> _Scores:
+        return _Scores(*(torch.cat(column) for column in zip(*self.parts, strict=True)))
+
+    def active(self, slope: Tensor) -> Tensor:
+        """A weight of exactly zero is inactive; so is one below the asked share of the largest. A NaN is active."""
+        weight = slope.abs() * self.lengths
+        return ~((weight == 0) | (weight < self.problem.spec.skip_below * weight.max()))
+
+    def values_first(self) -> Tensor:
+        problem = self.problem
+        value = problem.evaluate(0, problem.num_rows, None, problem.scratch(problem.num_rows)).value_C
+        return self.score(0, self.index.shape[0], value)
+
+    def keep(self) -> tuple[Tensor, Coefficients]:
+        problem = self.problem
+        e_NV = problem.new_e(problem.num_rows)
+        rows = problem.evaluate(0, problem.num_rows, e_NV, problem.scratch(problem.num_rows))
+        return e_NV, rows.times(self.score(0, self.index.shape[0], rows.value_C))
+
+    def chunk_by_chunk(self) -> Gradients:
+        problem, size = self.problem, self.problem.rows_that_fit()
+        e_CV, scratch = problem.new_e(size), problem.scratch(size)
+        grads = problem.new_gradients(final=False)
+        for first, last in self.plan.chunks(size):
+            start, stop = self.plan.boundaries[first], self.plan.boundaries[last]
+            if stop - start <= size:
+                rows = problem.evaluate(start, stop, e_CV[: stop - start], scratch)
+                rows = rows.times(self.score(first, last, rows.value_C))
+                problem.add_gradients(start, stop, e_CV[: stop - start], rows, grads, scratch)
+                continue
+            # A group longer than the workspace: its values first, then its E again, piece by piece (4 units).
+            slope = self.score(first, last, problem.evaluate(start, stop, None, scratch).value_C)
+            upstream_N = torch.cat([slope.new_zeros(start), slope])
+            add_recomputed(problem, start, stop, upstream_N, grads, e_CV, scratch)
+        return grads
+
+    def gradients_of_active(self) -> Gradients:
+        """skip_below: the largest weight is known only after all values (1 unit), then 3 units on the active rows."""
+        problem, slope = self.problem, self.scores().slope
+        grads = problem.new_gradients(final=False)
+        for buffer in _buffers(grads):
+            if buffer is not None:
+                buffer.zero_()
+        row_active = torch.repeat_interleave(self.active(slope), self.lengths)
+        index = row_active.nonzero()[:, 0]
+        if index.numel() == 0:
+            return grads
+        part = problem.select(index)
+        part_grads = replace(grads, hidden_NH=part.new_gradients(final=False).hidden_NH, accumulate=True)
+        size = min(part.rows_that_fit(), part.num_rows)
+        upstream = torch.repeat_interleave(slope, self.lengths)[index]
+        add_recomputed(part, 0, part.num_rows, upstream, part_grads, part.new_e(size), part.scratch(size))
+        if grads.hidden_NH is not None:
+            grads.hidden_NH[index] = part_grads.hidden_NH
+        return grads
+
+
+def sequence_sums(value_N: Tensor, boundaries: Tensor) -> Tensor:
+    """Sums over value[boundaries[b]:boundaries[b + 1]], in row order: a sequence's sum does not depend on its
+    neighbours."""
+    return torch.segment_reduce(value_N, "sum", offsets=boundaries.long(), axis=0)
+
+
+def evaluate_objective(
+    objective: Callable[[Tensor, Tensor, Tensor], Tensor], logprob: Tensor, lengths: Tensor, index: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The objective's losses [b] and their derivatives; constants where the objective ignores the log-likelihoods."""
+    with torch.enable_grad():
+        leaf = logprob.detach().requires_grad_()
+        loss = objective(leaf, lengths, index)
+        if not isinstance(loss, Tensor) or loss.shape != logprob.shape:
+            given = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            accepted = f"a Tensor of shape {tuple(logprob.shape)}, one loss per sequence"
+            raise ValueError(f"objective returned {given}; accepted: {accepted}")
+        slope = torch.autograd.grad(loss.sum(), leaf, allow_unused=True)[0] if loss.requires_grad else None
+    slope = torch.zeros_like(logprob) if slope is None else slope
+    return loss.detach().to(logprob.dtype), slope

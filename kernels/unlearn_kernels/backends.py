@@ -1,0 +1,132 @@
+"""What a backend implements, and which one serves a device and dtype.
+
+A backend is a name and a module of step functions. The schedules (`autograd.py`) allocate every buffer, cut the batch
+into chunks and call steps that write into those buffers; steps allocate nothing that grows with N x V. Each step is a
+registered operator, `torch.ops.unlearn_kernels.<backend>_<step>`, whose fake implementation does nothing: FakeTensor
+and dispatch-mode accounting see the schedule's buffers, and torch.compile sees opaque calls without graph breaks.
+
+Which one serves what:
+  torch   any device, any dtype: the truth to fall back on, and the only one for float64.
+
+To add one: write a module with the functions of STEPS (or take some of them from `chunked`), call `register`, and say
+in `choose` where it serves and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, chunked, tiles
+
+# Arguments shared by the steps that see logits. Shapes: C rows of the chunk, H hidden, V vocabulary, r LoRA rank.
+# lora_hidden is s h A^T in the accumulation dtype, so the logits gain lora_hidden B^T. softcap 0.0 means none.
+_HEAD = "Tensor? bias, Tensor? lora_hidden, Tensor? lora_b, float logit_scale, float softcap"
+_COEFFICIENTS = "Tensor? targets, Tensor? target_coeff, Tensor e_coeff"
+_KL_HEAD = _HEAD.replace("float", "Tensor ref_hidden, Tensor ref_weight, float", 1)
+_INPUTS = f"Tensor hidden, Tensor weight, Tensor targets, {_HEAD}"
+
+# Each step writes into the arguments marked (x!), in the accumulation dtype (float32; float64 for float64 inputs) where
+# no other is named, and may use scratch as it likes. The docstrings are in chunked.py, whose functions define the
+# steps.
+STEPS = {
+    # out [C] = z_y; NaN for a target outside [0, V).
+    "target_logits": f"({_INPUTS}, Tensor(a!) out, Tensor(b!) scratch) -> ()",
+    # sums [C] = S; e [C, V] (bf16, float32 or float64; None when no gradient is wanted) = E.
+    "exp_sums": f"({_INPUTS}, Tensor offset, Tensor(a!) sums, Tensor(b!)? e, Tensor(c!) scratch) -> ()",
+    # Rows whose S left the range get a new offset and are done again; must leave the others' bits alone.
+    "redo_rows": f"({_INPUTS}, Tensor(a!) offset, Tensor(b!) sums, Tensor(c!)? e, Tensor(d!) scratch) -> ()",
+    # out [C, D] (any dtype) = target_coeff matrix[y] - e_coeff (E matrix).
+    "row_grad": f"(Tensor e, Tensor matrix, {_COEFFICIENTS}, Tensor(a!) out, Tensor(b!) scratch) -> ()",
+    # out [V, D] (any dtype) (+)= scatter(target_coeff rows at y) - E^T (e_coeff rows).
+    "col_grad": f"(Tensor e, Tensor rows, {_COEFFICIENTS}, bool accumulate, Tensor(a!) out, Tensor(b!) scratch) -> ()",
+    # out [M, D] (any dtype) (+)= alpha x y: the thin LoRA products.
+    "matmul": "(Tensor x, Tensor y, float alpha, bool accumulate, Tensor(a!) out) -> ()",
+    # stats [4, C] float64 = logprob, is_argmax, mean and variance of log p under p.
+    "token_stats": f"({_INPUTS}, Tensor(a!) stats, Tensor(b!) scratch) -> ()",
+    # kl [C] = KL(ref || policy); g [C, V] (E's dtype) = p - q times the softcap's slope.
+    "kl_rows": f"(Tensor hidden, Tensor weight, {_KL_HEAD}, Tensor(a!) kl, Tensor(b!)? g, Tensor(c!) scratch) -> ()",
+}
+
+_library = torch.library.Library("unlearn_kernels", "DEF")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """steps: one operator per name in STEPS. scratch(rows, width, vocab, is_cuda, max_elements): how long a scratch to
+    allocate."""
+
+    name: str
+    steps: Any
+    scratch_elements: Callable[..., int]
+    kl_scratch_elements: Callable[..., int]
+
+
+BACKENDS: dict[str, Backend] = {}
+
+
+def register(name: str, module: Any) -> None:
+    """Makes module's step functions operators under `name`."""
+    operators = {}
+    for step, schema in STEPS.items():
+        operator_name = f"{name}_{step}"
+        _library.define(operator_name + schema, tags=(torch.Tag.needs_fixed_stride_order,))
+        _library.impl(operator_name, _exact(getattr(module, step)), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"unlearn_kernels::{operator_name}", _no_output, lib=_library)
+        operators[step] = getattr(getattr(torch.ops.unlearn_kernels, operator_name), "default")  # noqa: B009
+    BACKENDS[name] = Backend(name, SimpleNamespace(**operators), module.scratch_elements, module.kl_scratch_elements)
+
+
+def _no_output(*args: Any) -> None:
+    return None
+
+
+def _exact(step: Callable[..., None]) -> Callable[..., None]:
+    def exact_step(*args: Any) -> None:
+        with tiles.exact_products(next(arg.device for arg in args if isinstance(arg, Tensor))):
+            step(*args)
+
+    return exact_step
+
+
+register("torch", chunked)
+
+
+def _checked_targets(targets: Tensor, vocab: int) -> Tensor:
+    if targets.device.type == "cpu":
+        checks.check_target_values(targets, vocab)
+    return targets.clone()
+
+
+def _checked_boundaries(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    checks.check_boundaries(cu_seqlens.tolist(), num_tokens)
+    return cu_seqlens.clone()
+
+
+def _like_first(checked: Tensor, limit: int) -> Tensor:
+    return torch.empty_like(checked)
+
+
+# A traced program checks values where it runs: the checks are operators whose result is used, or they would be dropped.
+_library.define("checked_targets(Tensor targets, int vocab) -> Tensor")
+_library.define("checked_boundaries(Tensor cu_seqlens, int num_tokens) -> Tensor")
+_library.impl("checked_targets", _checked_targets, "CompositeExplicitAutograd")
+_library.impl("checked_boundaries", _checked_boundaries, "CompositeExplicitAutograd")
+torch.library.register_fake("unlearn_kernels::checked_targets", _like_first, lib=_library)
+torch.library.register_fake("unlearn_kernels::checked_boundaries", _like_first, lib=_library)
+checked_targets = torch.ops.unlearn_kernels.checked_targets
+checked_boundaries = torch.ops.unlearn_kernels.checked_boundaries
+
+
+def choose(hidden: Tensor, weight: Tensor, forced: str | None) -> Backend:
+    """The backend for these inputs; a forced one that does not exist is a ValueError."""
+    if forced is not None:
+        if forced not in BACKENDS:
+            raise ValueError(f"options.backend is {forced!r}; accepted: {', '.join(sorted(BACKENDS))} or None")
+        return BACKENDS[forced]
+    return BACKENDS["torch"]

@@ -1,0 +1,172 @@
+"""The torch backend's two steps that look at whole distributions: statistics of log p, and the KL divergence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .tiles import (
+    CPU_TILE,
+    Scratch,
+    blocks,
+    fill_target_column,
+    logits_tile,
+    native_product_dtype,
+    operand,
+    slice_bias,
+    slice_lora,
+)
+
+
+def token_stats(
+    hidden_CH: Tensor,
+    weight_VH: Tensor,
+    targets_C: Tensor,
+    bias_V: Tensor | None,
+    lora_hidden_CR: Tensor | None,
+    lora_b_VR: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    stats_4C: Tensor,  # float64: logprob, is_argmax (0 or 1), mean, variance
+    scratch: Tensor,
+) -> None:
+    """One pass with an online maximum; moments are merged tile by tile (Chan et al. 1979), never as E[x^2] - E[x]^2."""
+    vocab, width = weight_VH.shape
+    regions = Scratch(scratch, hidden_CH.shape[0], width, vocab, planes=2)
+    native = native_product_dtype(hidden_CH, weight_VH)
+    for start, stop in blocks(hidden_CH.shape[0], regions.rows):
+        rows = slice(start, stop)
+        hidden_RH = operand(hidden_CH[rows], regions.rows_region(stop - start, width), native)
+        state = _Moments(stop - start, scratch.device)
+        for first, last in blocks(vocab, regions.cols):
+            cols = slice(first, last)
+            z_RK = regions.tile(stop - start, last - first)
+            weight_KH = operand(weight_VH[cols], regions.vocab_region(last - first, width), native)
+            lora = slice_lora(lora_hidden_CR, lora_b_VR, rows, cols)
+            logits_tile(z_RK, hidden_RH, weight_KH, slice_bias(bias_V, cols), lora, logit_scale, softcap)
+            state.add_tile(z_RK, regions.tile(stop - start, last - first, plane=1), targets_C[rows], first)
+        stats_4C[:, rows] = state.finish(targets_C[rows], vocab)
+
+
+class _Moments:
+    """Per row, float64 [R]: the maximum and its lowest index; log mass, mean and variance of z over v != y."""
+
+    def __init__(self, num_rows: int, device: torch.device) -> None:
+        def row(value: float) -> Tensor:
+            return torch.full((num_rows,), value, dtype=torch.float64, device=device)
+
+        self.maximum, self.target = row(-torch.inf), row(torch.nan)
+        self.argmax = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.log_mass, self.mean, self.variance = row(-torch.inf), row(0.0), row(0.0)
+
+    def add_tile(self, z_RK: Tensor, p_RK: Tensor, targets_R: Tensor, first: int) -> None:
+        """Merges one tile of logits. z and p are overwritten."""
+        top_R, index_R = z_RK.max(1)
+        column_R = targets_R - first
+        inside_R = (column_R >= 0) & (column_R < z_RK.shape[1])
+        target_R = z_RK.gather(1, column_R.clamp(0, z_RK.shape[1] - 1)[:, None])[:, 0].double()
+        self.target = torch.where(inside_R, target_R, self.target)
+        # Strictly greater: an equal maximum in an earlier tile has the lower index and stays.
+        self.argmax = torch.where(top_R > self.maximum, index_R + first, self.argmax)
+        self.maximum = torch.maximum(self.maximum, top_R.double())
+        # The tile's own maximum offsets its exponents, so its mass lies in [1, K] (or below, without the target).
+        base_R = torch.where(torch.isfinite(top_R), top_R, 0.0)
+        # -1e4 stands for -inf (a masked token): its probability is 0 all the same, and 0 x 1e4 is not NaN.
+        z_RK.sub_(base_R[:, None]).clamp_(min=-1e4)
+        torch.exp(z_RK, out=p_RK)
+        fill_target_column(p_RK, targets_R, first, 0.0)
+        mass_R = p_RK.sum(1).double()
+        safe_mass_R = mass_R.clamp(min=1e-300)
+        mean_R = (p_RK * z_RK).sum(1).double() / safe_mass_R
+        square_R = p_RK.mul_(z_RK.sub_(mean_R[:, None].to(z_RK.dtype)).square_()).sum(1).double()
+        self._merge(mass_R.log() + base_R, mean_R + base_R, square_R / safe_mass_R)
+
+    def _merge(self, log_mass: Tensor, mean: Tensor, variance: Tensor) -> None:
+        total = torch.logaddexp(self.log_mass, log_mass)
+        share = torch.nan_to_num(torch.exp(log_mass - total), nan=0.0)
+        delta = mean - self.mean
+        self.variance = (1 - share) * self.variance + share * variance + share * (1 - share) * delta.square()
+        self.mean = self.mean + share * delta
+        self.log_mass = total
+
+    def finish(self, targets_R: Tensor, vocab: int) -> Tensor:
+        """[4, R]: logprob, is_argmax, mean and variance of log p. A target outside [0, V) gives NaN."""
+        valid_R = (targets_R >= 0) & (targets_R < vocab)
+        # log p_y = -log(1 + rest / e_y): keeps its relative accuracy when p_y is next to 1.
+        logprob = -torch.nn.functional.softplus(self.log_mass - self.target, threshold=40.0)
+        self._merge(self.target, self.target, torch.zeros_like(self.target))
+        is_argmax = (self.argmax == targets_R).double()
+        stats = torch.stack([logprob, is_argmax, self.mean - self.log_mass, self.variance])
+        return torch.where(valid_R, stats, torch.nan)
+
+
+def kl_rows(
+    hidden_CH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    lora_hidden_CR: Tensor | None,
+    lora_b_VR: Tensor | None,
+    ref_hidden_CG: Tensor,
+    ref_weight_VG: Tensor,
+    logit_scale: float,
+    softcap: float,
+    kl_C: Tensor,
+    g_CV: Tensor | None,
+    scratch: Tensor,
+) -> None:
+    """KL(ref || policy) per row, and G = (p - q) times the softcap's slope: minus the gradient's E.
+
+    Both models' logits of a few rows lie in the scratch, so no online maximum is needed here and the sum has terms
+    q (expm1(u) - u) >= 0, u = log p - log q: no cancellation where policy and reference nearly agree.
+    """
+    vocab, width = weight_VH.shape
+    wide = max(width, ref_weight_VG.shape[1])
+    budget = scratch.numel()
+    num_cols = max(1, min(CPU_TILE[1], vocab, (budget - 2 * vocab - wide) // wide // 2))
+    num_rows = max(1, min(hidden_CH.shape[0], (budget - num_cols * wide) // (2 * vocab + wide)))
+    rows_flat, tile_flat, logits_flat = scratch.split(
+        [num_rows * wide, num_cols * wide, budget - (num_rows + num_cols) * wide]
+    )
+
+    def fill(
+        out_RV: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        rows: slice,
+        bias: Tensor | None = None,
+        lora_hidden: Tensor | None = None,
+        lora_b: Tensor | None = None,
+    ) -> None:
+        native, width = native_product_dtype(hidden, weight), weight.shape[1]
+        region = rows_flat[: out_RV.shape[0] * width].view(-1, width)
+        hidden_RH = operand(hidden[rows], region, native)
+        for first, last in blocks(vocab, num_cols):
+            cols = slice(first, last)
+            weight_KH = operand(weight[cols], tile_flat[: (last - first) * width].view(-1, width), native)
+            lora = slice_lora(lora_hidden, lora_b, rows, cols)
+            logits_tile(out_RV[:, cols], hidden_RH, weight_KH, slice_bias(bias, cols), lora, logit_scale, softcap)
+
+    for start, stop in blocks(hidden_CH.shape[0], num_rows):
+        rows = slice(start, stop)
+        z_RV, r_RV = logits_flat[: 2 * (stop - start) * vocab].view(2, stop - start, vocab)
+        fill(z_RV, hidden_CH, weight_VH, rows, bias_V, lora_hidden_CR, lora_b_VR)
+        fill(r_RV, ref_hidden_CG, ref_weight_VG, rows)
+        for part in range(0, stop - start, max(1, num_cols * 64 // vocab)):
+            piece = slice(part, min(part + max(1, num_cols * 64 // vocab), stop - start))
+            out = slice(start + piece.start, start + piece.stop)
+            _kl_piece(z_RV[piece], r_RV[piece], softcap, kl_C[out], None if g_CV is None else g_CV[out])
+
+
+def _kl_piece(z_RV: Tensor, r_RV: Tensor, softcap: float, kl_R: Tensor, g_RV: Tensor | None) -> None:
+    slope_RV = 1.0 - (z_RV / softcap).square() if softcap and g_RV is not None else None
+    log_p_RV = z_RV.sub_(torch.logsumexp(z_RV, 1, keepdim=True))
+    log_q_RV = r_RV.sub_(torch.logsumexp(r_RV, 1, keepdim=True))
+    p_RV, q_RV = log_p_RV.exp(), log_q_RV.exp()
+    # Ruled out by both models (-inf - -inf): no difference.
+    u_RV = log_p_RV.sub_(log_q_RV).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    # expm1 where p and q are close and p - q would cancel; p - q where expm1 could overflow.
+    difference_RV = torch.where(u_RV.abs() < 0.5, torch.expm1(u_RV).mul_(q_RV), p_RV.sub_(q_RV))
+    if g_RV is not None:
+        g_RV.copy_(difference_RV if slope_RV is None else slope_RV.mul_(difference_RV))
+    weighted_RV = torch.where(q_RV == 0, 0.0, u_RV.mul_(q_RV))
+    torch.sum(difference_RV.sub_(weighted_RV), dim=1, out=kl_R)

@@ -1,0 +1,261 @@
+"""One batch as the schedules see it: its tensors, and the two things done to a run of rows, evaluate and add gradients.
+
+With m_t = z_t[y_t] + 40, E_tv = exp(z_tv - m_t) for v != y_t (0 at y_t), S_t = sum_v E_tv and e_y = exp(z_y - m):
+
+    logprob_t = -log1p(S_t / e_y)         (equal to -d - log(S_t + e_y), d = m - z_y, which is used when S_t / e_y may
+    overflow) dlogprob_t / dz_tv = (1 - p_y) [v = y_t]  -  E_tv / (S_t + e_y)
+
+so every gradient is made of `target_coeff_t x (a row at y_t) - e_coeff_t x (E's row t)` with coefficients that are N
+numbers. The KL divergence has the same shape: dKL_t / dz_tv = p_tv - q_tv = G_tv, with no target term and e_coeff = -1.
+
+Shape letters: N rows of the batch, C rows of the chunk at hand, H hidden, G the reference's hidden, V vocabulary, R
+LoRA rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backends import BACKENDS, Backend
+from .options import Needs, Spec, accumulation_dtype, exponential_dtype
+
+OFFSET = 40.0
+_LORA_BLOCK_ROWS = 1024
+
+
+@dataclass
+class Coefficients:
+    """value [C] float64 and what the gradient products need per row, all for an upstream gradient of 1."""
+
+    value_C: Tensor
+    target_coeff_C: Tensor | None
+    e_coeff_C: Tensor
+
+    def times(self, upstream_C: Tensor) -> Coefficients:
+        dtype, target_C = self.e_coeff_C.dtype, self.target_coeff_C
+        target_C = None if target_C is None else (target_C * upstream_C).to(dtype)
+        return Coefficients(self.value_C, target_C, (self.e_coeff_C * upstream_C).to(dtype))
+
+
+@dataclass
+class Gradients:
+    """Buffers the gradients are accumulated in; None where none is wanted. lora_a is always in the accumulation
+    dtype."""
+
+    hidden_NH: Tensor | None = None
+    weight_VH: Tensor | None = None
+    bias_V: Tensor | None = None
+    lora_a_RH: Tensor | None = None
+    lora_b_VR: Tensor | None = None
+    accumulate: bool = False
+
+
+@dataclass
+class Problem:
+    hidden_NH: Tensor
+    weight_VH: Tensor
+    bias_V: Tensor | None
+    lora_a_RH: Tensor | None
+    lora_b_VR: Tensor | None
+    targets_N: Tensor | None
+    ref_hidden_NG: Tensor | None
+    ref_weight_VG: Tensor | None
+    spec: Spec
+    lora_hidden_NR: Tensor | None = None  # s h A^T in the accumulation dtype
+
+    def __post_init__(self) -> None:
+        self.dtype = accumulation_dtype(self.hidden_NH.dtype)
+        self.e_dtype = exponential_dtype(self.hidden_NH, self.weight_VH)
+        self.num_rows, self.width = self.hidden_NH.shape
+        self.vocab = self.weight_VH.shape[0]
+        self.backend: Backend = BACKENDS[self.spec.backend]
+        if self.lora_a_RH is not None and self.lora_hidden_NR is None:
+            self.lora_hidden_NR = self.empty(self.num_rows, self.lora_a_RH.shape[0])
+            for start in range(0, self.num_rows, _LORA_BLOCK_ROWS):
+                rows = slice(start, start + _LORA_BLOCK_ROWS)
+                out = self.lora_hidden_NR[rows]
+                self.backend.steps.matmul(self.hidden_NH[rows], self.lora_a_RH.T, self.spec.lora_scale, False, out)
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.hidden_NH.device)
+
+    def select(self, index: Tensor) -> Problem:
+        """The same problem on some of its rows."""
+        assert self.ref_hidden_NG is None and self.targets_N is not None
+        lora_hidden = None if self.lora_hidden_NR is None else self.lora_hidden_NR[index]
+        head = (self.weight_VH, self.bias_V, self.lora_a_RH, self.lora_b_VR)
+        return Problem(self.hidden_NH[index], *head, self.targets_N[index], None, None, self.spec, lora_hidden)
+
+    # -- memory ------------------------------------------------------------------------------------------------------
+
+    def scratch_elements(self, num_rows: int) -> int:
+        """At most a quarter of the workspace goes to scratch (half of it for KL), the rest to E."""
+        elements = self.spec.workspace_bytes // self.dtype.itemsize
+        is_cuda = self.hidden_NH.is_cuda
+        rank = 0 if self.lora_a_RH is None else self.lora_a_RH.shape[0]
+        if self.ref_weight_VG is None:
+            count, wide, share = self.backend.scratch_elements, max(self.width, rank), 4
+        else:
+            count, share = self.backend.kl_scratch_elements, 2
+            wide = max(self.width, rank, self.ref_weight_VG.shape[1])
+        return count(num_rows, wide, self.vocab, is_cuda=is_cuda, max_elements=elements // share)
+
+    def scratch(self, num_rows: int) -> Tensor:
+        return self.empty(self.scratch_elements(num_rows))
+
+    def rows_that_fit(self) -> int:
+        """Rows whose E fits the workspace beside the scratch; at least 1."""
+        scratch_bytes = self.scratch_elements(self.num_rows) * self.dtype.itemsize
+        return max(1, (self.spec.workspace_bytes - scratch_bytes) // (self.vocab * self.e_dtype.itemsize))
+
+    def new_e(self, num_rows: int) -> Tensor:
+        return self.empty(num_rows, self.vocab, dtype=self.e_dtype)
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def evaluate(self, start: int, stop: int, e_CV: Tensor | None, scratch: Tensor) -> Coefficients:
+        """Values of rows start:stop, and their E in e_CV if given."""
+        rows = slice(start, stop)
+        lora_hidden = None if self.lora_hidden_NR is None else self.lora_hidden_NR[rows]
+        hidden, spec, steps = self.hidden_NH[rows], self.spec, self.backend.steps
+        extras = (self.bias_V, lora_hidden, self.lora_b_VR)
+        if self.ref_hidden_NG is not None:
+            kl_C = self.empty(stop - start)
+            ref = (self.ref_hidden_NG[rows], self.ref_weight_VG)
+            scalars = (spec.logit_scale, spec.softcap)
+            steps.kl_rows(hidden, self.weight_VH, *extras, *ref, *scalars, kl_C, e_CV, scratch)
+            return Coefficients(kl_C.double(), None, torch.full_like(kl_C, -spec.logit_scale))
+        assert self.targets_N is not None
+        inputs = (hidden, self.weight_VH, self.targets_N[rows], *extras, spec.logit_scale, spec.softcap)
+        target_logit_C, sums_C = self.empty(stop - start), self.empty(stop - start)
+        steps.target_logits(*inputs, target_logit_C, scratch)
+        offset_C = target_logit_C + OFFSET
+        steps.exp_sums(*inputs, offset_C, sums_C, e_CV, scratch)
+        steps.redo_rows(*inputs, offset_C, sums_C, e_CV, scratch)
+        return finish_rows(target_logit_C, offset_C, sums_C, spec)
+
+    def token_stats(self) -> Tensor:
+        """float64 [4, N]: logprob, is_argmax, mean and variance of log p under p."""
+        assert self.targets_N is not None
+        stats = self.empty(4, self.num_rows, dtype=torch.float64)
+        head = (self.bias_V, self.lora_hidden_NR, self.lora_b_VR, self.spec.logit_scale, self.spec.softcap)
+        scratch = self.scratch(self.num_rows)
+        self.backend.steps.token_stats(self.hidden_NH, self.weight_VH, self.targets_N, *head, stats, scratch)
+        return stats
+
+    def add_gradients(
+        self, start: int, stop: int, e_CV: Tensor, rows: Coefficients, grads: Gradients, scratch: Tensor
+    ) -> None:
+        """Gradients of rows start:stop: hidden's rows are written, the others' are accumulated over calls."""
+        span, steps = slice(start, stop), self.backend.steps
+        targets_C = None if self.targets_N is None else self.targets_N[span]
+        hidden_CH, target_coeff_C, e_coeff_C = self.hidden_NH[span], rows.target_coeff_C, rows.e_coeff_C
+
+        def columns(rows_CD: Tensor, out_VD: Tensor) -> None:
+            steps.col_grad(e_CV, rows_CD, targets_C, target_coeff_C, e_coeff_C, grads.accumulate, out_VD, scratch)
+
+        if grads.hidden_NH is not None:
+            out = grads.hidden_NH[span]
+            steps.row_grad(e_CV, self.weight_VH, targets_C, target_coeff_C, e_coeff_C, out, scratch)
+        if self.lora_b_VR is not None and (grads.hidden_NH is not None or grads.lora_a_RH is not None):
+            inner_CR = self.empty(stop - start, self.lora_b_VR.shape[1])
+            steps.row_grad(e_CV, self.lora_b_VR, targets_C, target_coeff_C, e_coeff_C, inner_CR, scratch)
+            self._add_lora_a(start, inner_CR, grads)
+        if grads.weight_VH is not None:
+            columns(hidden_CH, grads.weight_VH)
+        if grads.bias_V is not None:
+            columns(torch.ones_like(e_coeff_C)[:, None], grads.bias_V[:, None])
+        if grads.lora_b_VR is not None:
+            assert self.lora_hidden_NR is not None
+            columns(self.lora_hidden_NR[span], grads.lora_b_VR)
+        grads.accumulate = True
+
+    def _add_lora_a(self, start: int, inner_CR: Tensor, grads: Gradients) -> None:
+        """dlogits B = inner: dhidden += s inner A and dA += s inner^T h, a thousand rows at a time."""
+        assert self.lora_a_RH is not None
+        scale, matmul = self.spec.lora_scale, self.backend.steps.matmul
+        for first in range(0, inner_CR.shape[0], _LORA_BLOCK_ROWS):
+            part_RR = inner_CR[first : first + _LORA_BLOCK_ROWS]
+            span = slice(start + first, start + first + part_RR.shape[0])
+            if grads.hidden_NH is not None:
+                matmul(part_RR, self.lora_a_RH, scale, True, grads.hidden_NH[span])
+            if grads.lora_a_RH is not None:
+                matmul(part_RR.T, self.hidden_NH[span], scale, grads.accumulate or first > 0, grads.lora_a_RH)
+
+    # -- gradient buffers --------------------------------------------------------------------------------------------
+
+    def new_gradients(self, *, final: bool, needs: Needs | None = None) -> Gradients:
+        """Buffers in the inputs' dtypes (final: each written once), or weight-shaped ones in the accumulation dtype.
+
+        hidden's rows are written once in either case. float16 rows wait for their upstream scale in float32: a loss
+        scale of 65536 exists because the unscaled ones underflow.
+        """
+        needs = needs or self.spec.needs
+
+        def like(wanted: bool, tensor: Tensor | None) -> Tensor | None:
+            if not wanted or tensor is None:
+                return None
+            return self.empty(*tensor.shape, dtype=tensor.dtype if final else self.dtype)
+
+        hidden = None
+        if needs.hidden:
+            wait_in_float32 = not final and self.hidden_NH.dtype == torch.float16
+            hidden = self.empty(*self.hidden_NH.shape, dtype=torch.float32 if wait_in_float32 else self.hidden_NH.dtype)
+        lora_a = None
+        if needs.lora_a and self.lora_a_RH is not None:
+            lora_a = self.empty(*self.lora_a_RH.shape)
+        weight, bias = like(needs.weight, self.weight_VH), like(needs.bias, self.bias_V)
+        return Gradients(hidden, weight, bias, lora_a, like(needs.lora_b, self.lora_b_VR))
+
+    def scaled(self, grads: Gradients, scale: Tensor | None) -> tuple[Tensor | None, ...]:
+        """New tensors in the inputs' dtypes: each gradient times scale (None: only the dtype). The buffers stay as they
+        are."""
+        pairs = (
+            (grads.hidden_NH, self.hidden_NH),
+            (grads.weight_VH, self.weight_VH),
+            (grads.bias_V, self.bias_V),
+            (grads.lora_a_RH, self.lora_a_RH),
+            (grads.lora_b_VR, self.lora_b_VR),
+        )
+        return tuple(
+            None if grad is None or like is None else self._scaled_one(grad, scale, like.dtype) for grad, like in pairs
+        )
+
+    def _scaled_one(self, grad: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if scale is None and grad.dtype == dtype:
+            return grad
+        if scale is None:
+            return grad.to(dtype)
+        scale = scale.to(self.dtype)
+        if scale.ndim == 1:
+            scale = scale[:, None]
+        if grad.dtype == dtype == self.dtype:
+            return grad * scale
+        # Row blocks: a whole product in the accumulation dtype would double the memory of the largest gradient.
+        out = torch.empty_like(grad, dtype=dtype)
+        block = max(1, self.spec.workspace_bytes // (8 * max(1, grad[0].numel()) * self.dtype.itemsize))
+        for start in range(0, grad.shape[0], block):
+            part = grad[start : start + block].to(self.dtype)
+            factor = scale if scale.ndim == 0 else scale[start : start + block]
+            out[start : start + block].copy_(part * factor)
+        return out
+
+
+def finish_rows(target_logit_C: Tensor, offset_C: Tensor, sums_C: Tensor, spec: Spec) -> Coefficients:
+    """Log-probability and gradient coefficients of each row from z_y, m and S; float64, because it is N numbers only.
+
+    d is taken as m - z_y and not as 40: adding 40 to z_y rounds, and the rounded m is what E was computed with.
+    """
+    d_C = offset_C.double() - target_logit_C.double()
+    sums_C = sums_C.double()
+    e_y_C = torch.exp(-d_C)
+    total_C = sums_C + e_y_C
+    logprob_C = torch.where(sums_C < e_y_C, -torch.log1p(sums_C / e_y_C), -d_C - torch.log(total_C))
+    target_coeff_C = -torch.expm1(logprob_C) * spec.logit_scale
+    if spec.softcap:
+        target_coeff_C = target_coeff_C * (1.0 - (target_logit_C.double() / spec.softcap).square())
+    dtype = target_logit_C.dtype
+    return Coefficients(logprob_C, target_coeff_C.to(dtype), (spec.logit_scale / total_C).to(dtype))
