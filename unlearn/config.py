@@ -1,0 +1,178 @@
+"""What a run is: one frozen dataclass, read from a TOML file, a recipe and the command line, in that order of strength.
+
+Values that decide the science (learning rate, epochs, batch, beta, seed) have no default: a recipe supplies them with
+its source, or the user does. Checks that need no model live here, so that a typing error costs no loading time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unlearn.recipes import RECIPES
+
+RETAIN_TERMS = ("none", "nll", "kl")
+DTYPES = ("float32", "bfloat16")  # float16 weights would need a loss scale
+
+
+def option(help_text: str, **kwargs: Any) -> Any:
+    """A dataclass field that carries its own --help line."""
+    return field(metadata={"help": help_text}, **kwargs)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One unlearning run. Every field is a command-line option and a key of the configuration file."""
+
+    model: str = option("model to change: a folder, or a name on the model hub")
+    output: str = option("folder for checkpoints, metrics.jsonl and the final model")
+    method: str = option("loss on the forget rows (see `unlearn train --list-methods`)")
+    lr: float = option("peak learning rate of AdamW")
+    epochs: int = option("passes over the forget rows")
+    batch_size: int = option("forget rows (or chosen/rejected pairs) per optimizer step")
+    seed: int = option("seed of the data order, the retain draw and stochastic rounding")
+    forget: str | None = option("rows to forget: a JSON-lines file or tofu:SPLIT", default=None)
+    retain: str | None = option("rows to keep: a JSON-lines file or tofu:SPLIT", default=None)
+    alternates: str | None = option(
+        "JSON lines of answers to prefer: `alternates` per forget row (altpo, simpo) or refusals (idkdpo, kto)",
+        default=None,
+    )
+    retain_term: str = option("loss on the retain rows: none, nll or kl", default="none")
+    forget_weight: float = option("factor of the forget term", default=1.0)
+    retain_weight: float = option("factor of the retain term", default=1.0)
+    retain_per_forget: int = option("retain rows drawn for each forget row", default=1)
+    beta: float | None = option("beta of npo, simnpo, altpo, idkdpo, kto, simpo, wga, satimp", default=None)
+    beta2: float | None = option("second exponent of satimp", default=None)
+    gamma: float | None = option(
+        "margin of simnpo and simpo, outside beta (beta times open-unlearning's delta)", default=None
+    )
+    weight_decay: float = option("decoupled weight decay", default=0.01)
+    warmup_epochs: float = option("epochs of linear warm-up; the rate then falls linearly to zero", default=1.0)
+    max_grad_norm: float | None = option("clip the whole step's gradient to this norm", default=None)
+    max_tokens: int = option("token budget of one packed forward and backward", default=4096)
+    max_length: int | None = option("refuse longer sequences (default: what the model's positions allow)", default=None)
+    skip_below: float = option(
+        "leave out sequences whose gradient weight is below this share of the largest", default=0.0
+    )
+    dtype: str = option("weights and activations: float32, or bfloat16 with stochastic rounding", default="bfloat16")
+    device: str = option("cpu, cuda, cuda:1, ...; auto takes the GPU if there is one", default="auto")
+    gradient_checkpointing: bool = option("recompute activations in the backward", default=False)
+    save_every: int = option("optimizer steps between checkpoints (0: none before the end)", default=0)
+    on_non_finite: str = option("stop or skip: what a NaN or inf loss or gradient does", default="stop")
+    reference_cache: str | None = option(
+        "folder for reference log-likelihoods (default: OUTPUT/reference)", default=None
+    )
+    trust_remote_code: bool = option("run the Python code that comes with the model", default=False)
+    recipe: str | None = option("published settings to start from: " + ", ".join(RECIPES), default=None)
+
+    def __post_init__(self) -> None:
+        for name, (plain, _) in field_types().items():
+            value = getattr(self, name)
+            if plain is str and value == "":
+                raise ValueError(f"{name}: an empty string is not accepted")
+            if plain is float and value is not None and not math.isfinite(value):
+                raise ValueError(f"{name}: {value} is not accepted; a finite number is")
+        for name in ("lr", "epochs", "batch_size", "max_tokens", "retain_per_forget", "max_grad_norm", "max_length"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: {value} is not accepted; a number above 0 is")
+        for name in ("weight_decay", "warmup_epochs", "forget_weight", "retain_weight", "save_every", "skip_below"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: {getattr(self, name)} is not accepted; a number of 0 or more is")
+        if not 0 <= self.seed < 2**63:  # what torch's generators take
+            raise ValueError(f"seed: {self.seed} is not accepted; 0 to 2**63 - 1 are")
+        if self.skip_below >= 1:
+            raise ValueError(f"skip_below: {self.skip_below} is not accepted; a share below 1 is")
+        _one_of("retain_term", self.retain_term, RETAIN_TERMS)
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("on_non_finite", self.on_non_finite, ("stop", "skip"))
+        if self.retain_term != "none" and self.retain is None:
+            raise ValueError(f"retain: missing, and retain_term {self.retain_term} needs rows to keep")
+        if self.retain is not None and self.retain_term == "none" and self.method != "finetune":
+            raise ValueError("retain: given, but with retain_term none nothing would read it; nll and kl do")
+
+    @property
+    def reference_dir(self) -> Path:
+        return Path(self.reference_cache) if self.reference_cache else Path(self.output) / "reference"
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def _one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name}: {value!r} is not accepted; {', '.join(accepted)} are")
+
+
+@functools.cache
+def field_types() -> dict[str, tuple[type, bool]]:
+    """Name of each field -> (its plain type, whether None is allowed)."""
+    result = {}
+    for name, hint in typing.get_type_hints(TrainConfig).items():
+        if isinstance(hint, types.UnionType):
+            plain = next(arm for arm in hint.__args__ if arm is not type(None))
+            result[name] = (plain, True)
+        else:
+            result[name] = (hint, False)
+    return result
+
+
+def coerce(name: str, value: Any) -> Any:
+    """`value` as the type that field `name` has. Raises ValueError naming field, value and type."""
+    if name not in field_types():
+        raise ValueError(f"{name}: no such setting; known are {', '.join(field_types())}")
+    plain, optional = field_types()[name]
+    if value is None and optional:
+        return None
+    accepted = (int, float) if plain is float else plain
+    if isinstance(value, bool) and plain is not bool or not isinstance(value, accepted):
+        raise ValueError(f"{name}: {value!r} is not accepted; a value of type {plain.__name__} is")
+    try:
+        return plain(value)
+    except OverflowError:  # an integer beyond float's range
+        raise ValueError(f"{name}: {value!r:.40}... is not accepted; a finite number is") from None
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """The keys of a TOML configuration file. Raises ValueError naming the file and the unknown key."""
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"config: no file {path}") from None
+    except OSError as error:
+        raise ValueError(f"config: {path} cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"config: {path} is not a TOML file: {error}") from None
+    known = field_types()
+    for name in values:
+        if name not in known:
+            raise ValueError(f"config: {path} has the unknown key {name!r}; known are {', '.join(known)}")
+    return values
+
+
+def build(*, recipe: str | None, file_values: Mapping[str, Any], overrides: Mapping[str, Any]) -> TrainConfig:
+    """Recipe, then file, then command line: the later wins. Raises ValueError naming what is missing or wrong."""
+    given = {key: coerce(key, value) for key, value in (dict(file_values) | dict(overrides)).items()}
+    name = recipe if given.get("recipe") is None else given["recipe"]
+    if name is not None and name not in RECIPES:
+        raise ValueError(f"recipe: {name!r} is not accepted; {', '.join(RECIPES)} are")
+    values: dict[str, Any] = dict(RECIPES[name].values) if name is not None else {}
+    values |= given | {"recipe": name}
+    required = [
+        f.name
+        for f in dataclasses.fields(TrainConfig)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    missing = [key for key in required if values.get(key) is None]
+    if missing:
+        options = ", ".join("--" + key.replace("_", "-") for key in missing)
+        raise ValueError(f"missing: {options} (give them, or a --recipe that does)")
+    return TrainConfig(**values)

@@ -1,0 +1,179 @@
+"""The model as the loop sees it: hidden states at the answer positions, and the head that turns them into logits."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from unlearn.attention import ATTENTION, Segments
+from unlearn.data import Item, PackedBatch, Role, Sequence, collate
+
+# How each configuration names the factor on its logits; the packaged checks refuse a model whose head is otherwise.
+_LOGIT_MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
+_LOGIT_DIVISORS = ("logits_scaling",)
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = softcap(logit_scale * (hidden weight^T + bias)). weight [V, H], bias [V] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+
+    def kwargs(self) -> dict[str, Any]:
+        """The **head arguments of unlearn_kernels' functions."""
+        return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called `name`; auto is the GPU where there is one. Raises ValueError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {name!r} is not available here ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: no tokenizer in {name!r} ({_first_line(error)})") from None
+
+
+def load_model(
+    name: str, *, dtype: str | torch.dtype, device: torch.device | str, trust_remote_code: bool = False
+) -> nn.Module:
+    """A causal language model with packed attention, in evaluation mode (no dropout), its head checked.
+
+    Loads safetensors alone. Raises ValueError when the model is not there or its head is not understood.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ValueError(f"model: no folder {name!r}")
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            attn_implementation=ATTENTION,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ValueError(f"model: could not load {name!r} ({_first_line(error)})") from None
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers fills them with random numbers and a warning
+        raise ValueError(f"model: {name!r} lacks weights of {type(model).__name__}: {', '.join(missing[:3])}")
+    return prepare(model.to(device))
+
+
+def prepare(model: nn.Module) -> nn.Module:
+    """Switch a transformers model to packed attention and evaluation mode, and check its head."""
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ValueError(f"model: {type(model).__name__} does not let its attention be replaced; it is not supported")
+    model.set_attn_implementation(ATTENTION)
+    model.eval()
+    check_head(model)
+    return model
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def head_of(model: nn.Module) -> Head:
+    """The output head of a transformers causal language model."""
+    layer = model.get_output_embeddings()
+    if layer is None:
+        raise ValueError(f"model: {type(model).__name__} has no output head")
+    config = model.config.get_text_config()
+    scale = 1.0
+    for name in _LOGIT_MULTIPLIERS:
+        scale *= getattr(config, name, None) or 1.0
+    for name in _LOGIT_DIVISORS:
+        scale /= getattr(config, name, None) or 1.0
+    return Head(layer.weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+
+
+def hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """[N, H]: the last hidden states at the positions that predict an answer token. Nothing else reaches the head."""
+    backbone = model.base_model
+    output = backbone(
+        input_ids=batch.input_ids[None],
+        position_ids=batch.position_ids[None],
+        use_cache=False,
+        segments=Segments.plan(batch.lengths, batch.input_ids.device),
+    )
+    return output.last_hidden_state[0].index_select(0, batch.answer_index)
+
+
+@contextlib.contextmanager
+def generating(model: nn.Module) -> Iterator[None]:
+    """Padded batches with a key-value cache: transformers' own attention inside, packed attention again after."""
+    # transformers' SDPA refuses the softcap inside Gemma 2's attention
+    softcapped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    model.set_attn_implementation("eager" if softcapped else "sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(ATTENTION)
+
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Compare our logits of two short packed sequences with the model's own, one by one.
+
+    Catches a head with a factor this code does not know, and a model whose attention ignores the packing. Raises
+    ValueError with the difference.
+    """
+    vocab = model.get_input_embeddings().weight.shape[0]
+    ids = [tuple((7 * i + 3 * s) % vocab for i in range(6 + s)) for s in (0, 1)]
+    device = next(model.parameters()).device
+    batch = collate([Item(Sequence(str(s), row, 1), Role.FORGET) for s, row in enumerate(ids)]).to(device)
+    head, dtype = head_of(model), next(model.parameters()).dtype
+    logits = (hidden_states(model, batch) @ head.weight.T.to(dtype)).float()
+    if head.bias is not None:
+        logits = logits + head.bias.float()
+    logits = logits * head.logit_scale
+    if head.softcap:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    with generating(model):
+        own = [model(input_ids=torch.tensor([row[:-1]], device=device)).logits[0].float() for row in ids]
+    expected = torch.cat(own)
+    # The whole table's error against its size, so that the measure does not depend on how large logits are. bf16 loses
+    # a per cent or two over a deep model; a factor that is not known here is further off.
+    error = ((logits - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+    if not error <= (1e-3 if dtype in (torch.float32, torch.float64) else 0.05):
+        raise ValueError(
+            f"model: {type(model).__name__}'s logits differ from its head applied to its hidden states by {error:.2g}"
+            " of their size; this architecture is not supported"
+        )
+
+
+def max_positions(name: str, *, trust_remote_code: bool = False) -> int | None:
+    """The longest sequence that a model's configuration allows, None where it names none."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: no configuration in {name!r} ({_first_line(error)})") from None
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -1,0 +1,213 @@
+"""The files of a run: metrics.jsonl, checkpoints, the saved model, and where its numbers come from.
+
+OUTPUT/metrics.jsonl     a header line (configuration, provenance), then a line per optimizer step
+OUTPUT/checkpoints/      unlearn.checkpoint's numbered folders: weights, optimizer, step and length of metrics.jsonl
+OUTPUT/model/            the final model as transformers loads it
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors.torch import load_model as load_weights
+from safetensors.torch import save_model as save_weights
+from torch import nn
+
+from unlearn import __version__, checkpoint
+from unlearn.batches import Step
+from unlearn.optim import AdamWSR
+
+METRICS_FILE, MODEL_FOLDER, CHECKPOINT_FOLDER = "metrics.jsonl", "model", "checkpoints"
+# Settings that a resumed run may change: none of them reaches the weights.
+_FREE_SETTINGS = ("output", "save_every", "reference_cache")
+# What decides the last bit of a result on the same data and settings.
+_BITWISE = ("torch", "transformers", "device", "threads")
+
+
+def to_json(row: dict[str, Any]) -> str:
+    """One line. NaN is not JSON: a non-finite number becomes the string that a reader can see."""
+    clean = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(clean, allow_nan=False)
+
+
+class MetricsFile:
+    """metrics.jsonl, open for appending; every line is flushed as it is written. Closes as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("ab")
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(to_json(row).encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Bytes safely on disk."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def cut(self, num_bytes: int) -> None:
+        self._file.close()
+        checkpoint.truncate_lines(self.path, num_bytes)
+        self._file = self.path.open("ab")
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self.sync()
+        finally:
+            self._file.close()
+
+
+def open_output(output: Path, header: dict[str, Any], *, resume: bool, say: Callable[[str], None]) -> MetricsFile:
+    """Begin metrics.jsonl with `header`, or open the run to resume after comparing it with `header`.
+
+    Raises ValueError for a folder that is in use or cannot be written, and for a run of other settings or rows.
+    """
+    path = output / METRICS_FILE
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        has_checkpoint = _latest(output) is not None
+        first_line = b""
+        if path.exists():
+            with path.open("rb") as file:
+                first_line = file.readline()
+        if (first_line or has_checkpoint) and not resume:
+            raise ValueError(f"output: {output} already holds a run; --resume continues it, or name another folder")
+        if first_line.endswith(b"\n"):
+            _check_same_run(first_line, header, path, say)
+            return MetricsFile(path)
+        if has_checkpoint:
+            raise ValueError(f"resume: {output} has checkpoints and no {METRICS_FILE}; name another folder")
+        path.unlink(missing_ok=True)  # a kill cut the header short: nothing had been done
+        if resume:
+            say(f"nothing to resume in {output}: starting")
+        metrics = MetricsFile(path)
+        metrics.write(header)
+        return metrics
+    except OSError as error:
+        raise ValueError(f"output: {output} cannot be written ({error.strerror})") from None
+
+
+def _latest(output: Path) -> Path | None:
+    try:
+        return checkpoint.latest(output / CHECKPOINT_FOLDER)
+    except FileNotFoundError as error:  # its pointer names a folder that is gone
+        raise ValueError(f"output: {error}") from None
+
+
+def _check_same_run(line: bytes, now: dict[str, Any], path: Path, say: Callable[[str], None]) -> None:
+    """Resuming under other settings or on other rows would give neither run's result."""
+    try:
+        stored = json.loads(line)
+        config, provenance, data = stored["config"], stored["provenance"], stored["data"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"output: the first line of {path} is not a run's header; name another folder") from None
+    for name, value in now["config"].items():
+        if name not in _FREE_SETTINGS and config.get(name) != value:
+            raise ValueError(f"resume: {name} was {config.get(name)!r} and is now {value!r}; they have to agree")
+    if data != now["data"]:
+        raise ValueError("resume: the rows or their tokens are not those that the run began with")
+    for name in _BITWISE:
+        if provenance.get(name) != now["provenance"][name]:
+            was, is_now = provenance.get(name), now["provenance"][name]
+            say(f"resuming with {name} {is_now}, begun with {was}: the last bits may differ")
+
+
+def save_checkpoint(output: Path, step: int, model: nn.Module, optimizer: AdamWSR, metrics: MetricsFile) -> None:
+    def write(folder: Path) -> None:
+        save_weights(model, str(folder / "model.safetensors"))
+        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        state = {"step": step, "metrics_bytes": metrics.sync()}
+        (folder / "state.json").write_text(json.dumps(state))
+
+    checkpoint.save(output / CHECKPOINT_FOLDER, step, write)
+
+
+def load_checkpoint(output: Path, model: nn.Module, optimizer: AdamWSR, metrics: MetricsFile) -> int:
+    """Steps done at the newest checkpoint, with model, optimizer and metrics set back to it; 0 where there is none."""
+    folder = _latest(output)
+    if folder is None:
+        with metrics.path.open("rb") as file:
+            metrics.cut(len(file.readline()))
+        return 0
+    state = json.loads((folder / "state.json").read_text())
+    load_weights(model, folder / "model.safetensors")
+    # Through the CPU: the file may come from another GPU, and the optimizer moves its states to its weights.
+    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
+    metrics.cut(state["metrics_bytes"])
+    return int(state["step"])
+
+
+def save_pretrained(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """The model and tokenizer as transformers loads them, whole or not at all."""
+    temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(folder, old)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def save_broken_step(output: Path, step: Step, row: dict[str, Any]) -> Path:
+    """The metrics and the sequences of a step whose loss or gradient was not finite, for a person to look into."""
+    path = output / f"non-finite-step-{step.index + 1:06d}.json"
+    batch = [
+        {"key": s.key, "role": role.name, "input_ids": s.input_ids, "answer_start": s.answer_start}
+        for group in step.groups
+        for s, role in group
+    ]
+    path.write_text(f'{{"metrics": {to_json(row)}, "batch": {json.dumps(batch)}}}\n')
+    return path
+
+
+def provenance(model: nn.Module) -> dict[str, Any]:
+    """What a reader needs to place a number: versions, device, threads, the commit and the imported path."""
+    import transformers
+
+    device = next(model.parameters()).device
+    processor = platform.processor() or platform.machine()
+    here = Path(__file__).resolve().parent
+    return {
+        "unlearn": __version__,
+        "commit": _commit(here.parent),
+        "imported_from": str(here),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
+        "threads": torch.get_num_threads(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "command": " ".join(sys.argv),
+    }
+
+
+def _commit(root: Path) -> str | None:
+    """The commit of the checkout at `root`; None for an installed copy, which may lie in a stranger's repository."""
+    if not (root / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None

@@ -1,0 +1,382 @@
+"""The training loop: reference log-likelihoods, steps, checkpoints, the final model.
+
+One optimizer step is one or more micro-batches whose gradients add up to the whole step's; see unlearn.methods for what
+they add up to. A run killed at any moment and resumed ends with the same weights, optimizer, metrics and data order,
+bit for bit on a CPU at a fixed number of threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from unlearn import reference
+from unlearn.batches import Step, TrainingSet, epoch_steps, num_steps_per_epoch, with_reference
+from unlearn.config import TrainConfig
+from unlearn.data import Item, PackedBatch, Role, collate, pack
+from unlearn.memory import peak_mib, reset_peak
+from unlearn.methods import METHODS, BatchLoss, StepTotals, batch_loss, check_config
+from unlearn.model import head_of, hidden_states
+from unlearn.optim import AdamWSR, linear_schedule
+from unlearn.runfiles import (
+    METRICS_FILE,
+    MODEL_FOLDER,
+    load_checkpoint,
+    open_output,
+    provenance,
+    save_broken_step,
+    save_checkpoint,
+    save_pretrained,
+)
+
+__all__ = [
+    "METRICS_FILE",
+    "MODEL_FOLDER",
+    "InvariantError",
+    "NonFiniteError",
+    "Reference",
+    "TrainResult",
+    "compute_reference",
+    "provenance",
+    "train",
+]
+
+Say = Callable[[str], None]
+_ON_THE_BAR = ("forget_logprob_per_token", "retain_logprob_per_token")
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is NaN or infinite; the step was not applied."""
+
+
+class InvariantError(RuntimeError):
+    """Policy and reference are the same weights and yet their log-likelihoods differ."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """seconds: of the steps alone; reference_seconds: of the reference pass, 0 where none was computed."""
+
+    num_steps: int
+    seconds: float
+    reference_seconds: float
+    peak_memory_mib: float
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the frozen model said, as far as the method wants it."""
+
+    logprobs: dict[str, float] = dataclasses.field(default_factory=dict)
+    hidden: reference.ReferenceHidden | None = None
+    seconds: float = 0.0
+
+
+def train(
+    config: TrainConfig,
+    model: nn.Module,
+    tokenizer: Any,
+    data: TrainingSet,
+    *,
+    resume: bool = False,
+    save_model: bool = True,
+    after_step: Callable[[int], None] | None = None,
+    say: Say = print,
+    progress: bool = True,
+) -> TrainResult:
+    """Change `model` in place as `config` says and leave checkpoints, metrics.jsonl and the final model in its output.
+
+    after_step(k) is called when k optimizer steps are done, and with 0 before the first; its time and memory
+    are not counted.
+    Raises ValueError for what the user can mend, NonFiniteError and InvariantError as their names say.
+    """
+    method = check_config(config)
+    output, device = Path(config.output), next(model.parameters()).device
+    plan = [step for epoch in range(config.epochs) for step in epoch_steps(data, config, epoch)]
+    warmup_steps = min(len(plan), round(config.warmup_epochs * num_steps_per_epoch(data, config)))
+    rates = [config.lr * linear_schedule(step.index, len(plan), warmup_steps) for step in plan]
+    if not any(rates):  # a warm-up starts at 0
+        raise ValueError(f"warmup_epochs: {config.warmup_epochs} keeps the only step at a rate of 0; 0 is accepted")
+    header = {
+        "config": config.to_dict(),
+        "provenance": provenance(model),
+        "data": fingerprint(plan),
+        "num_steps": len(plan),
+    }
+    with contextlib.ExitStack() as stack:
+        metrics = stack.enter_context(open_output(output, header, resume=resume, say=say))
+        stack.enter_context(repeatable(model, recompute=config.gradient_checkpointing))
+        ref = compute_reference(config, model, tokenizer, plan, say=say, progress=progress)
+        optimizer = AdamWSR(
+            [p for p in model.parameters() if p.requires_grad],
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            seed=config.seed,
+        )
+        done = load_checkpoint(output, model, optimizer, metrics) if resume else 0
+        if done:
+            say(f"resuming after step {done} of {len(plan)}")
+        elif after_step is not None:
+            after_step(0)
+        reset_peak(device)
+        seconds, peak = 0.0, 0.0
+        bar = stack.enter_context(
+            tqdm(total=len(plan), initial=done, desc=config.method, unit="step", disable=not progress, leave=False)
+        )
+        for step, lr in zip(plan[done:], rates[done:], strict=True):
+            start = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            totals = _with_baseline(step, config, model, ref) if method.baseline else step.totals
+            packs = pack(with_reference(step.groups, ref.logprobs), config.max_tokens)
+            tally = StepTally(config, totals)
+            for items in ([item for group in packed for item in group] for packed in packs):
+                batch = collate(items).to(device)
+                rehearsal = None
+                if step.index == 0 and tally.num_packs == 0 and method.reference:
+                    rehearsal = _forward(model, batch, items, config, totals, ref).logprobs
+                result = _forward(model, batch, items, config, totals, ref)
+                if rehearsal is not None:
+                    bar.clear()
+                    check_invariants(batch, rehearsal, result.logprobs, next(model.parameters()).dtype, say)
+                if config.skip_below == 0 or bool(result.active.any()):
+                    result.loss.backward()
+                tally.add(batch, result)
+            grad_norm = _clip(model, config.max_grad_norm)
+            row = tally.row() | {"grad_norm": grad_norm, "lr": lr}
+            if math.isfinite(row["loss"]) and math.isfinite(grad_norm):
+                optimizer.step()
+            else:
+                bar.clear()
+                _stop_or_skip(config, output, step, row, say)
+                row["skipped"] = True
+            optimizer.zero_grad(set_to_none=True)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # or the optimizer's time would be booked on the next step, or lost
+            elapsed = time.perf_counter() - start
+            seconds += elapsed
+            metrics.write({"step": step.index + 1, "epoch": step.epoch + 1, **row, "seconds": round(elapsed, 4)})
+            bar.set_postfix({k: f"{row[k]:.3f}" for k in _ON_THE_BAR if row[k] is not None}, refresh=False)
+            bar.update()
+            if config.save_every and (step.index + 1) % config.save_every == 0 and step.index + 1 < len(plan):
+                save_checkpoint(output, step.index + 1, model, optimizer, metrics)
+            if after_step is not None:
+                peak = max(peak, peak_mib(device))
+                after_step(step.index + 1)
+                reset_peak(device)
+        found = TrainResult(len(plan), seconds, ref.seconds, max(peak, peak_mib(device)))
+    if save_model:
+        save_pretrained(model, tokenizer, output / MODEL_FOLDER)
+    return found
+
+
+def _forward(
+    model: nn.Module, batch: PackedBatch, items: list[Item], config: TrainConfig, totals: StepTotals, ref: Reference
+) -> BatchLoss:
+    hidden = hidden_states(model, batch)
+    retained = [item.sequence for item in items if item.role == Role.RETAIN]
+    if ref.hidden is None or not retained:
+        return batch_loss(hidden, head_of(model), batch, config, totals)
+    return batch_loss(hidden, head_of(model), batch, config, totals, ref.hidden.rows(retained), ref.hidden.weight)
+
+
+# -------------------------------------------------------------------------------------------------------- reference
+
+
+def compute_reference(
+    config: TrainConfig, model: nn.Module, tokenizer: Any, plan: list[Step], *, say: Say, progress: bool
+) -> Reference:
+    """What the method needs of the unchanged model, for just the sequences that the plan will use."""
+    start = time.perf_counter()
+    logprobs: dict[str, float] = {}
+    hidden = None
+    members = [member for step in plan for group in step.groups for member in group]
+    if METHODS[config.method].reference:
+        wanted = [s for s, role in members if role != Role.RETAIN] + [s for step in plan for s in step.refusals]
+        wanted = reference.unique(wanted)
+        with tqdm(total=len(wanted), desc="reference", unit="seq", disable=not progress, leave=False) as bar:
+            table = reference.load_or_compute(
+                model, tokenizer, wanted, config.reference_dir, max_tokens=config.max_tokens, progress=bar.update
+            )
+        logprobs = table.logprobs
+        say(f"reference log-likelihoods of {len(wanted)} sequences: {table.origin}")
+    if config.retain_term == "kl":
+        kept = reference.unique(s for s, role in members if role == Role.RETAIN)
+        with tqdm(total=len(kept), desc="reference states", unit="seq", disable=not progress, leave=False) as bar:
+            hidden = reference.ReferenceHidden.load_or_compute(
+                model, tokenizer, kept, config.reference_dir, max_tokens=config.max_tokens, progress=bar.update
+            )
+        disk, resident = (size / 2**20 for size in hidden.cost())
+        say(f"KL retain: reference states {disk:.1f} MiB on disk, reference head {resident:.1f} MiB resident")
+    return Reference(logprobs, hidden, time.perf_counter() - start)
+
+
+def check_invariants(batch: PackedBatch, rehearsal: Tensor, policy: Tensor, dtype: torch.dtype, say: Say) -> None:
+    """Before the first update policy and reference are the same weights: their log-likelihoods must say so.
+
+    The same micro-batch run twice has to agree to the last bit; the stored values, computed in packs of other
+    composition, to the tolerance of the dtype. Raises InvariantError with the largest difference.
+    """
+    known = torch.tensor([role != Role.RETAIN for role in batch.roles], device=policy.device)
+    if not bool(policy[known].isfinite().all()):
+        return  # broken weights or rows: the step's own check names them
+    again = (policy - rehearsal)[known].abs().max().item()
+    if again != 0.0:
+        raise InvariantError(f"the first micro-batch run twice differs by {again:.3g} nats: no repeatable forward")
+    difference = (policy - batch.ref_logprob)[known].abs().cpu()
+    allowed = reference.tolerance(batch.answer_lengths, dtype)[known.cpu()]
+    say(
+        f"policy against stored reference before the first step: {difference.max().item():.3g} nats at most "
+        f"(allowed {allowed.max().item():.3g})"
+    )
+    if not bool((difference <= allowed).all()):
+        raise InvariantError(
+            f"stored reference log-likelihoods differ by {difference.max().item():.3g} nats from the same weights now"
+        )
+
+
+@torch.no_grad()
+def _with_baseline(step: Step, config: TrainConfig, model: nn.Module, ref: Reference) -> StepTotals:
+    """KTO's constant: the mean over the step's refusals of logprob - ref."""
+    refusals = list(step.refusals)
+    values = reference.score(model, refusals, max_tokens=config.max_tokens)
+    margins = [value - ref.logprobs[s.content_key] for value, s in zip(values, refusals, strict=True)]
+    return dataclasses.replace(step.totals, baseline=sum(margins) / len(margins))
+
+
+# ------------------------------------------------------------------------------------------------------------ a step
+
+
+class StepTally:
+    """Adds up on the device what a step's micro-batches report; row() is the step's line of metrics.jsonl."""
+
+    def __init__(self, config: TrainConfig, totals: StepTotals) -> None:
+        self.config, self.totals = config, totals
+        self.num_packs, self.num_tokens = 0, 0
+        self._tokens = dict.fromkeys(Role, 0)
+        self._sums: list[Tensor] = []  # per micro-batch: loss, KL, active sequences, then logprob by role
+
+    def add(self, batch: PackedBatch, result: BatchLoss) -> None:
+        self.num_packs += 1
+        self.num_tokens += sum(batch.lengths)
+        for role, length in zip(batch.roles, batch.answer_lengths, strict=True):
+            self._tokens[role] += length
+        loss = result.loss.detach().double()
+        kl = torch.zeros_like(loss) if result.kl is None else result.kl
+        # where, not indexing by role: a copy of indices to the device would wait for it
+        by_role = [torch.where(batch.role == int(role), result.logprobs, 0.0).sum() for role in Role]
+        self._sums.append(torch.stack([loss, kl, result.active.sum(dtype=loss.dtype), *by_role]))
+
+    def row(self) -> dict[str, Any]:
+        """Losses in nats as the objective defines them; *_logprob_per_token are means over the step's tokens."""
+        loss, kl, active, *by_role = torch.stack(self._sums).sum(0).tolist()
+        per_token: dict[Role, float | None] = {
+            role: logprob / self._tokens[role] if self._tokens[role] else None
+            for role, logprob in zip(Role, by_role, strict=True)
+        }
+        retain_logprob = per_token[Role.RETAIN]
+        retain_loss = None if retain_logprob is None else -retain_logprob
+        if self.config.retain_term == "kl":
+            retain_loss, retain_logprob = kl / self.totals.num_retain_tokens, None
+        weighted = self.config.retain_weight * (retain_loss or 0.0)
+        forget = self.config.forget_weight if self.totals.num_forget else 0.0
+        row = {
+            "loss": loss,
+            "forget_loss": (loss - weighted) / forget if forget else None,
+            "retain_loss": retain_loss,
+            "forget_logprob_per_token": per_token[Role.REJECTED if self._tokens[Role.REJECTED] else Role.FORGET],
+            "retain_logprob_per_token": retain_logprob,
+            "chosen_logprob_per_token": per_token[Role.CHOSEN],
+            "tokens": self.num_tokens,
+            "answer_tokens": sum(self._tokens.values()),
+            "packs": self.num_packs,
+        }
+        if self.config.skip_below > 0:
+            row["active_sequences"] = int(active)
+        return row
+
+
+def _clip(model: nn.Module, max_norm: float | None) -> float:
+    """The whole step's gradient norm, in float32 whatever the gradients are, clipped to max_norm where one is set."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    if not grads:
+        return 0.0  # every sequence of the step was skipped
+    dtype = torch.promote_types(grads[0].dtype, torch.float32)
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad, dtype=dtype) for grad in grads])).item()
+    if max_norm is not None and max_norm < norm < math.inf:
+        for grad in grads:
+            grad.mul_(max_norm / norm)
+    return norm
+
+
+def _stop_or_skip(config: TrainConfig, output: Path, step: Step, row: dict[str, Any], say: Say) -> None:
+    """Keep the batch that broke; stop unless asked to go on. The optimizer has not moved."""
+    path = save_broken_step(output, step, row)
+    keys = [s.key for group in step.groups for s, _ in group]
+    text = (
+        f"step {step.index + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}; not applied."
+        f" Sequences: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}; the batch is in {path}"
+    )
+    if config.on_non_finite == "stop":
+        raise NonFiniteError(text)
+    say(text)
+
+
+# ------------------------------------------------------------------------------------------------------------ the run
+
+
+def fingerprint(plan: list[Step]) -> str:
+    """Names the token ids and label spans of every step, in order: what a resumed run has to find again."""
+    digest = hashlib.blake2b(digest_size=16)
+    keys: dict[int, str] = {}  # by identity: a row's ids are read once, not once an epoch
+    for step in plan:
+        for sequence in step.sequences():
+            if id(sequence) not in keys:
+                keys[id(sequence)] = sequence.content_key
+            digest.update(keys[id(sequence)].encode())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def repeatable(model: nn.Module, *, recompute: bool) -> Iterator[None]:
+    """Policy and reference have to be the same function of the same weights: no dropout, no jitter.
+
+    recompute: activation checkpointing, which transformers engages in training mode alone, so what is random there is
+    switched off. The model comes back in evaluation mode, with its rates as they were.
+    """
+    if not recompute:
+        model.eval()
+        yield
+        return
+    rates = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, float) and ("dropout" in name or "jitter" in name or name == "p")  # p: torch's own Dropout
+    ]
+    for module, name, _ in rates:
+        setattr(module, name, 0.0)
+    # transformers 5.23 renames these, 5.17 has the old names alone
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+    # Nothing random is left to replay, and reading a CUDA generator would wait for the device once a layer.
+    enable({"use_reentrant": False, "preserve_rng_state": False})
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
+        disable()
+        for module, name, value in rates:
+            setattr(module, name, value)
