@@ -1,0 +1,47 @@
+"""Run the demo for several seeds and keep a row per seed and model: `python -m bench.demo --seeds 0 1 2`.
+
+With --data DIR the same for TOFU's files. A row holds every metric of results.json's table; the pictures of the
+first seed are kept beside the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.rows import RESULTS, environment, write
+from unlearn.demo import run_demo
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--data", help="TOFU's files instead of the invented corpus")
+    parser.add_argument("--out", help="keep the reports here, one folder per seed")
+    args = parser.parse_args()
+    case = "tofu" if args.data else "demo"
+    shared = environment()
+    if args.data:  # where the files lie on this machine is nobody's business
+        shared["command"] = shared["command"].replace(args.data, "DIR")
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for seed in args.seeds:
+            start = time.perf_counter()
+            out = Path(args.out or scratch) / f"{case}-{seed}"
+            results = run_demo(out, data=Path(args.data) if args.data else None, seed=seed)
+            wall = round(time.perf_counter() - start, 1)
+            for entry in results["models"]:
+                rows.append({"case": case, "seed": seed, "model": entry["name"], **entry["metrics"], "wall_s": wall})
+            path = write(case, [{**row, **shared} for row in rows])
+            if seed == args.seeds[0]:
+                for picture in ("plane", "logprobs"):
+                    shutil.copyfile(out / f"{picture}.png", RESULTS / f"{case}-{picture}.png")
+    print(f"{len(rows)} rows in {path.name}")
+
+
+if __name__ == "__main__":
+    main()

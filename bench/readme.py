@@ -1,0 +1,135 @@
+"""Write the README's tables from the committed rows: `python -m bench.readme`; `--check` only compares.
+
+A table stands between `<!-- rows:NAME -->` and `<!-- end -->`; NAME picks the function below that makes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.rows import read
+from unlearn.report import format_number
+
+ROOT = Path(__file__).parent.parent
+FILES = (ROOT / "README.md", ROOT / "kernels" / "README.md")
+DEMO_COLUMNS = {
+    "forget_probability": "forget prob.",
+    "retain_probability": "retain prob.",
+    "truth_ratio": "truth ratio",
+    "forget_quality": "forget quality (p)",
+    "forget_rouge_l": "forget ROUGE-L",
+    "model_utility": "utility",
+    "seconds": "time [s]",
+    "peak_memory_mib": "memory [MiB]",
+}
+
+
+def demo_table() -> str:
+    """Seed 0's values; forget quality and utility also with their range over all seeds."""
+    return _results_table("demo", DEMO_COLUMNS, spread=("forget_quality", "model_utility"))
+
+
+def tofu_table() -> str:
+    columns = dict(DEMO_COLUMNS)
+    columns["retain_utility"] = "retain utility"
+    return _results_table("tofu", columns, spread=())
+
+
+def _results_table(case: str, columns: dict[str, str], spread: tuple[str, ...]) -> str:
+    rows = read(case)
+    if not rows:
+        return f"No rows yet: `python -m bench.demo` makes `bench/results/{case}.jsonl`."
+    seeds = sorted({row["seed"] for row in rows})
+    head = ["model"]
+    for key, title in columns.items():
+        head.append(title)
+        if key in spread and len(seeds) > 1:
+            head.append(f"{len(seeds)} seeds")
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for first in (row for row in rows if row["seed"] == seeds[0]):
+        cells = [first["model"]]
+        for key in columns:
+            cells.append(format_number(first.get(key)))
+            if key in spread and len(seeds) > 1:
+                values = [row[key] for row in rows if row["model"] == first["model"]]
+                cells.append(f"{format_number(min(values))} to {format_number(max(values))}")
+        lines.append(cells)
+    wall = statistics.median({row["seed"]: row["wall_s"] for row in rows}.values())
+    return _markdown(lines) + _source(case, rows) + f" A run took {wall / 60:.1f} minutes."
+
+
+def kernels_table() -> str:
+    """Units and errors of the kernels and of plain torch, a line per shape, dtype and provider."""
+    rows = read("kernels")
+    if not rows:
+        return "No rows yet: `python -m bench.kernels` makes `bench/results/kernels.jsonl`."
+    lines = [["N x H x V", "dtype", "provider", "forward", "NPO full", "NPO frozen head", "log-prob error", "dH error",
+              "dW error", "peak memory, full"],
+             ["---", "---", "---", *["---:"] * 7]]  # fmt: skip
+    for row in (row for row in rows if row["case"] == "forward"):
+        same = {
+            other["case"]: other
+            for other in rows
+            if all(other[key] == row[key] for key in ("shape", "dtype", "provider"))
+        }
+        shape = " x ".join(str(row["shape"][letter]) for letter in "NHV")
+        units = [f"{same[kind]['units']:.2f}" for kind in ("forward", "full", "frozen")]
+        errors = [f"{row[key]:.1e}" for key in ("logprob_rms", "dhidden_relative", "dweight_relative")]
+        memory = f"{same['full']['peak_mib']:.0f} MiB"
+        lines.append([shape, row["dtype"], row["provider"], *units, *errors, memory])
+    return _markdown(lines) + _source("kernels", rows)
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _source(case: str, rows: list[dict[str, Any]]) -> str:
+    first = rows[0]
+    return (
+        f"\n\nRows: `bench/results/{case}.jsonl`, from `{first['command']}` at {first['commit']}; "
+        f"{first['device']}, {first['threads']} threads, torch {first['torch']}."
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {"demo": demo_table, "tofu": tofu_table, "kernels": kernels_table}
+
+
+def render(text: str) -> str:
+    """The text with each table made anew. Raises ValueError for a marker without a table."""
+
+    def fill(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise ValueError(f"no table {name!r}; {', '.join(TABLES)} are known")
+        return f"<!-- rows:{name} -->\n{TABLES[name]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- rows:(?P<name>[\w-]+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit 1 if a table does not match the rows")
+    args: Any = parser.parse_args(argv)
+    stale = []
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        made = render(text)
+        if made != text:
+            stale.append(path.name)
+            if not args.check:
+                path.write_text(made, encoding="utf-8")
+    if args.check and stale:
+        print(f"{', '.join(stale)}: tables do not match bench/results; run python -m bench.readme", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
