@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from unlearn.attention import ATTENTION
 from unlearn.data import Item, Role, Sequence, collate, pack
 from unlearn.model import head_of, hidden_states
-from unlearn_kernels import sequence_logprobs
+from unlearn_kernels import backends, sequence_logprobs
 
 LOGPROB_FILE = "reference.safetensors"
 HIDDEN_FILE = "reference-hidden.safetensors"
@@ -56,6 +56,7 @@ def identity(model: nn.Module, tokenizer: Any) -> dict[str, str]:
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": parameter.device.type,
         "attention": ATTENTION,
+        "kernels": backends.choose(parameter, head_of(model).weight, None).name,
         "format": "1",
     }
 
