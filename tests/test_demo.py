@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from unlearn import corpus, demo
+from unlearn import corpus, demo, tasks
 from unlearn.data import rows_from
 
 
@@ -15,7 +15,7 @@ from unlearn.data import rows_from
 def small_task(monkeypatch):
     """Six people, one of them to be forgotten, and a model of one layer; everything else as in the real demo."""
     made = corpus.generate(0, people=6, phrasings_per_fact=1)
-    monkeypatch.setattr(demo.corpus, "generate", lambda seed: made)
+    monkeypatch.setattr(tasks.corpus, "generate", lambda seed: made)
     task = demo.invented_task(0)
     methods = {name: {**values, "epochs": 2, "batch_size": 6} for name, values in task.methods.items()}
     task = dataclasses.replace(
@@ -75,7 +75,7 @@ def test_wrong_arguments_are_refused_by_name(small_task, tmp_path):
 
 
 def test_same_seed_same_weights(small_task):
-    tokenizer = corpus.train_tokenizer(demo._texts(small_task), 512)
+    tokenizer = corpus.train_tokenizer(demo.texts(small_task), 512)
     one, two = (demo.new_model(small_task, tokenizer, seed=3).state_dict() for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
     other = demo.new_model(small_task, tokenizer, seed=4).state_dict()
@@ -92,14 +92,14 @@ def test_neighbour_alternates_come_from_the_most_similar_questions():
         "retain",
     )
     forget = rows_from([{"question": "Where was Max Rohn born?", "answer": "Max was born in Bern."}], "forget")
-    (row,) = demo.with_neighbour_alternates(forget, retain, count=2)
+    (row,) = tasks.with_neighbour_alternates(forget, retain, count=2)
     assert row.alternates == ("Otto was born in Ulm.", "Ida was born in Riga.")
     assert row.answer == "Max was born in Bern."
 
 
 def test_tofu_task_never_trains_on_the_evaluations_wrong_answers(shared_dir):
     folder: Path = shared_dir / "data" / "tofu"
-    task = demo.tofu_task(folder)
+    task = tasks.tofu_task(folder)
     assert (len(task.full), len(task.forget), len(task.retain)) == (4000, 400, 3600)
     tokenizer = corpus.train_tokenizer((row.answer for row in task.forget[:20]), 300)
     sets = task.evaluation(tokenizer)

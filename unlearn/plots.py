@@ -39,9 +39,11 @@ def plot_plane(results: Mapping[str, Any], path: str | os.PathLike[str]) -> None
 
     P-values below P_VALUE_FLOOR are drawn at the floor; where there are any, the axis and a line below the picture say
     so. The models "full" and "gold" are single points. Points without a finite utility and p-value cannot be drawn; the
-    line below counts them.
+    line below counts them. The utility axis is metrics["likelihood_utility"] where a model has one (trajectories hold
+    that), else "model_utility"; results["utility_axis"] names it.
     """
-    figure, axes = _new_figure("Model utility", "Forget quality: p-value against the retrained model")
+    utility_axis = results.get("utility_axis") or "Model utility"
+    figure, axes = _new_figure(utility_axis, "Forget quality: p-value against the retrained model")
     missing: list[str] = []
     drawn: list[tuple[float, float]] = []
     for model, style in _styled(results):
@@ -191,8 +193,9 @@ def _plane_points(model: Mapping[str, Any]) -> list[tuple[float, float]]:
         points = [
             (as_float(p.get("utility")), as_float(p.get("forget_quality"))) for p in model.get("trajectory") or []
         ]
-    final = (as_float(metrics.get("model_utility")), as_float(metrics.get("forget_quality")))
-    has_final = metrics.get("model_utility") is not None and metrics.get("forget_quality") is not None
+    utility = metrics.get("likelihood_utility", metrics.get("model_utility"))
+    final = (as_float(utility), as_float(metrics.get("forget_quality")))
+    has_final = utility is not None and metrics.get("forget_quality") is not None
     if has_final and (not points or final != points[-1]):
         points.append(final)
     return points

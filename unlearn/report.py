@@ -6,6 +6,8 @@ results = {
                 "metrics": {"forget_probability": float | None, ...},           keys as in COLUMNS, others allowed
                 "trajectory": [{"step": int, "forget_logprob_per_token": float, "retain_logprob_per_token": float,
                                 "forget_quality": float, "utility": float}, ...]}, ...],
+    "columns": [str],                  the metrics that tables show; default: all
+    "utility_axis": str,               what plane.png's utility is
     "samples": [{"question": str, "answer": str, <model name>: str, ...}, ...],
 }
 Only "models" and their names are required. A number that is missing or None shows as "-", NaN as "nan": a method that
@@ -36,6 +38,7 @@ COLUMNS = {
     "truth_ratio": "truth ratio",
     "forget_quality": "forget quality (p)",
     "model_utility": "utility",
+    "retain_utility": "retain utility",
     "extraction_strength": "extraction",
     "steps": "steps",
     "seconds": "time [s]",
@@ -137,6 +140,7 @@ def _report_text(results: Mapping[str, Any]) -> str:
 def _table(results: Mapping[str, Any], columns: Sequence[str] | None) -> tuple[list[str], list[list[str]]]:
     """Header and rows as strings; the first column holds the models' names."""
     models = results["models"]
+    columns = columns or results.get("columns")
     if columns is None:
         present = dict.fromkeys(key for model in models for key in model.get("metrics", {}))
         columns = [key for key in COLUMNS if key in present] + [key for key in present if key not in COLUMNS]
