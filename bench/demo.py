@@ -25,8 +25,9 @@ def main() -> None:
     args = parser.parse_args()
     case = "tofu" if args.data else "demo"
     shared = environment()
-    if args.data:  # where the files lie on this machine is nobody's business
-        shared["command"] = shared["command"].replace(args.data, "DIR")
+    for folder in (args.data, args.out):  # where things lie on this machine is nobody's business
+        if folder:
+            shared["command"] = shared["command"].replace(folder, "DIR")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for seed in args.seeds:
