@@ -93,7 +93,8 @@ def _markdown(lines: list[list[str]]) -> str:
 def _source(case: str, rows: list[dict[str, Any]]) -> str:
     first = rows[0]
     return (
-        f"\n\nRows: `bench/results/{case}.jsonl`, from `{first['command']}` at {first['commit']}; "
+        f"\n\nRows: `bench/results/{case}.jsonl`, from `{first['command']}` at {first['commit']}"
+        f"{' with uncommitted changes' if first['dirty'] else ''}; "
         f"{first['device']}, {first['threads']} threads, torch {first['torch']}."
     )
 

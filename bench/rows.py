@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from unlearn.runfiles import cpu_name
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -40,20 +42,6 @@ def environment() -> dict[str, Any]:
         "command": " ".join(["python -m", "bench." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
     }
-
-
-def cpu_name() -> str:
-    """The processor's name with the instruction sets that matter here."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = {}
-    for line in lines:
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    flags = set(fields.get("flags", "").split()) & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}
-    return f"{fields.get('model name', platform.machine())} ({', '.join(sorted(flags))})"
 
 
 def _git(root: Path, *arguments: str) -> str | None:

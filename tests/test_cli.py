@@ -119,11 +119,9 @@ def test_help(capsys, command):
             assert name in out
 
 
-def test_help_comes_at_once():
-    start = time.perf_counter()
+def test_help_of_a_process_of_its_own():
     status, out, err = finish(spawn("--help"))
     assert status == 0 and "commands:" in out and err == ""
-    assert time.perf_counter() - start < 1.0  # 0.13 s where measured; torch alone takes 2 s
 
 
 def test_parsing_a_command_line_imports_no_torch():
@@ -261,7 +259,8 @@ def test_mistakes_in_eval(files, tmp_path, capsys):
     ):
         assert message in refused(capsys, ["eval", *eval_options(files, **changes)])
     path = write_rows(tmp_path / "bare.jsonl", [{"question": "Who?", "answer": "Nobody."}])
-    assert "bare:0: perturbed_answer is missing" in refused(capsys, ["eval", *eval_options(files, forget=path)])
+    message = refused(capsys, ["eval", *eval_options(files, forget=path, gold=files / "model")])
+    assert "gold: forget quality compares truth ratios" in message
     assert "bare:0: perturbed_answer is missing" in refused(capsys, ["eval", *eval_options(files, world_facts=path)])
 
 
@@ -431,6 +430,11 @@ def test_ctrl_c_and_resume(files, tmp_path, capsys):
     assert "resuming after step" in capsys.readouterr().out
     rows = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[1:]
     assert [json.loads(row)["step"] for row in rows] == list(range(1, 101))
+    # once more: the finished model stays as it is
+    saved = (tmp_path / "out" / "model" / "model.safetensors").stat().st_mtime_ns
+    assert cli.main(["train", "--resume", *arguments]) == 0
+    assert "is finished; its model is in" in capsys.readouterr().out
+    assert (tmp_path / "out" / "model" / "model.safetensors").stat().st_mtime_ns == saved
 
 
 def test_a_reader_that_leaves_is_no_error(files):

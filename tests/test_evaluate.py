@@ -100,7 +100,7 @@ def test_rows_keep_their_order(model, tokenizer):
     [
         ({"perturbed_answer": None}, "perturbed_answer is missing"),
         ({"perturbed_answer": []}, "perturbed_answer is missing"),
-        ({"perturbed_answer": [1, 2]}, "perturbed_answer is missing"),
+        ({"perturbed_answer": [1, 2]}, "perturbed_answer is not a string"),
         ({"paraphrased_answer": None}, "paraphrased_answer is a NoneType"),
         ({"paraphrased_answer": []}, "paraphrased_answer is a list"),
     ],
@@ -114,7 +114,18 @@ def test_a_row_that_cannot_be_used_is_named(change, message):
 def test_a_row_without_wrong_answers_is_named_by_its_file(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{k: v for k, v in ROWS[0].items() if k != "perturbed_answer"}])
     with pytest.raises(ValueError, match="^rows:0: perturbed_answer is missing"):
-        load_set("forget", "forget", path, tiny_tokenizer())
+        load_set("world_facts", "other", path, tiny_tokenizer())
+
+
+def test_sets_without_wrong_answers_have_the_other_metrics():
+    """A person's own question-answer rows: probability and ROUGE-L, no truth ratio, no forget quality."""
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    bare = [{key: row[key] for key in ("question", "answer")} for row in ROWS]
+    sets = [make_set(kind, kind, rows_from(bare, kind), tokenizer) for kind in ("forget", "retain")]
+    options = {"max_tokens": 200, "max_new_tokens": 3, "batch_size": 4}
+    found = evaluate(model, tokenizer, sets, gold_log_truth_ratio=None, **options).metrics
+    assert {"forget_probability", "forget_rouge_l", "retain_probability", "retain_rouge_l"} <= set(found)
+    assert not [name for name in found if "truth_ratio" in name or name == "forget_quality"]
 
 
 def test_ragged_wrong_answers_and_empty_sets_are_refused():

@@ -42,7 +42,7 @@ def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 1)
     try:
         unfinished.mkdir()
         write(unfinished)
-        _fsync_tree(unfinished)
+        fsync_tree(unfinished)
         # everything that takes space comes before the first rename
         pointer.write_text(folder.name + "\n")
         _fsync(pointer)
@@ -110,7 +110,7 @@ def _fsync(path: Path, flags: int = 0) -> None:
         os.close(descriptor)
 
 
-def _fsync_tree(root: Path) -> None:
+def fsync_tree(root: Path) -> None:
     for folder, _, names in os.walk(root, topdown=False):
         for name in names:
             _fsync(Path(folder, name))

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
-        return _fail("stopped by Ctrl-C; `unlearn train --resume` goes on from a run's last checkpoint", 130)
+        return _fail("stopped by Ctrl-C; `unlearn train --resume` goes on from the last checkpoint (--save-every)", 130)
     except BrokenPipeError:  # `unlearn eval | head`: nobody reads on, and the exit's flush must not complain either
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
@@ -195,9 +195,10 @@ def _methods_and_recipes() -> str:
     from unlearn.methods import METHODS
 
     lines = ["methods:"]
-    for name, method in METHODS.items():
-        needs = f" [{', '.join('--' + p for p in method.parameters)}]" if method.parameters else ""
-        lines.append(f"  {name:10} {method.summary}{needs}")
+    for method_name, method in METHODS.items():
+        options = [*method.parameters, *(["alternates"] if method.pairs or method.baseline else [])]
+        needs = f" [{', '.join('--' + name for name in options)}]" if options else ""
+        lines.append(f"  {method_name:10} {method.summary}{needs}")
     lines.append("recipes:")
     lines += [f"  {name:22} {recipe.source}" for name, recipe in RECIPES.items()]
     return "\n".join(lines)
@@ -232,9 +233,13 @@ def _train(args: argparse.Namespace) -> int:
     if args.list_methods:
         print(_methods_and_recipes())
         return 0
+    from unlearn.runfiles import is_finished
     from unlearn.train import MODEL_FOLDER, train
 
     config = _config(args)
+    if args.resume and is_finished(Path(config.output), config.to_dict()):
+        print(f"the run in {config.output} is finished; its model is in {Path(config.output) / MODEL_FOLDER}")
+        return 0
     model, tokenizer, data = _load(config)
     result = train(config, model, tokenizer, data, resume=args.resume)
     print(
@@ -301,6 +306,8 @@ def _eval(args: argparse.Namespace) -> int:
     tokenizer, sets = _load_sets(args, args.model)
     gold = None
     if args.gold:
+        if not sets[0].rows[0].wrong:
+            raise ValueError("gold: forget quality compares truth ratios, and the forget rows have no perturbed_answer")
         _, gold_sets = _load_sets(args, args.gold, forget_only=True)
         with _loading(args.gold):
             gold_model = load_model(args.gold, **options)

@@ -60,7 +60,7 @@ class TrainConfig:
     max_tokens: int = option("token budget of one packed forward and backward", default=4096)
     max_length: int | None = option("refuse longer sequences (default: what the model's positions allow)", default=None)
     skip_below: float = option(
-        "leave out sequences whose gradient weight is below this share of the largest", default=0.0
+        "leave out sequences whose gradient weight is below this share of their pack's largest", default=0.0
     )
     dtype: str = option("weights and activations: float32, or bfloat16 with stochastic rounding", default="bfloat16")
     device: str = option("cpu, cuda, cuda:1, ...; auto takes the GPU if there is one", default="auto")

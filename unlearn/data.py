@@ -190,7 +190,9 @@ def read_json_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
         try:
             value = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+            raise ValueError(
+                f"{where}: not JSON: {error.msg} at column {error.colno}; one object per line is accepted"
+            ) from None
         if not isinstance(value, dict):
             raise ValueError(f"{where}: a JSON object is accepted, this is a {type(value).__name__}")
         rows.append((value, where))
@@ -356,13 +358,16 @@ def _common_prefix(ids: list[int], other: list[int]) -> int:
 def _end_of_answer(tail: list[int], tokenizer: Any) -> list[int]:
     """What follows the answer up to its end-of-turn token, or the end-of-text token where the template has none."""
     if tail:
-        # all_special_ids lacks end-of-turn tokens that are only marked special in the vocabulary (Phi-3's <|end|>)
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        special.update(tokenizer.all_special_ids)
+        special = special_ids(tokenizer)
         for index, token in enumerate(tail):
             if token in special:
                 return tail[: index + 1]
     return tail + ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """All special tokens; all_special_ids lacks those that only the vocabulary marks so (Phi-3's <|end|>)."""
+    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
 
 
 def encode_rows(rows: Iterable[Row], tokenizer: Any, *, max_length: int | None) -> list[Sequence]:

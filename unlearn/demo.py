@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from unlearn.train import METRICS_FILE, MODEL_FOLDER, TrainResult, provenance, t
 Say = Callable[[str], None]
 MAX_TOKENS = 8192  # of one packed forward
 GENERATION_BATCH = 128
+RECORD_FILE = "result.json"  # of a finished full or gold model: what it was made from, and at what cost
 COLUMNS = (
     "forget_probability",
     "retain_probability",
@@ -129,13 +131,9 @@ class Demo:
         """Train a model from scratch on these rows, or take the finished one of the same settings."""
         folder = self.out / name
         config = self.config({"method": "finetune", "retain": name, **self.task.pretrain}, folder)
-        record = folder / "result.json"
-        signature = {
-            "config": config.to_dict(),
-            "model": self.task.model,
-            "rows": len(rows),
-            "vocabulary": len(self.tokenizer),
-        }
+        record = folder / RECORD_FILE
+        settings = {key: value for key, value in config.to_dict().items() if key != "output"}
+        signature = {"config": settings, "model": self.task.model, "rows": digest(rows)}
         if reuse and record.exists():
             stored = json.loads(record.read_text())
             if stored["signature"] == json.loads(json.dumps(signature)):
@@ -260,6 +258,11 @@ def texts(task: Task) -> Iterator[str]:
         yield " " + row.answer
 
 
+def digest(rows: list[Row]) -> str:
+    """Names the training rows, in order; the tokenizer follows from the full ones."""
+    return hashlib.blake2b(repr([(row.turns, row.answer) for row in rows]).encode(), digest_size=16).hexdigest()
+
+
 def new_model(task: Task, tokenizer: Any, seed: int) -> nn.Module:
     """A randomly initialised Llama; the same seed gives the same weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -277,7 +280,8 @@ def new_model(task: Task, tokenizer: Any, seed: int) -> nn.Module:
 
 def start_anew(folder: Path) -> None:
     """What an earlier demo left here would be refused as a run to resume, or as another model's reference."""
-    (folder / METRICS_FILE).unlink(missing_ok=True)
+    for name in (METRICS_FILE, RECORD_FILE):
+        (folder / name).unlink(missing_ok=True)
     for stale in (folder / "reference").glob("reference*.safetensors"):
         stale.unlink()
 

@@ -1,6 +1,6 @@
 """Evaluate a model on TOFU-shaped sets: likelihood metrics from one pass over all answers, ROUGE-L from generation.
 
-A set is rows with question, answer, perturbed_answer (wrong ones) and, where it has them, paraphrased_answer. The
+A set is rows with question, answer and, where it has them, perturbed_answer (wrong ones) and paraphrased_answer. The
 definitions are in unlearn.metrics; TOFU (Maini et al. 2024, arXiv:2401.06121) is their source.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from unlearn import metrics
-from unlearn.data import Row, Sequence, encode, load_rows
+from unlearn.data import Row, Sequence, encode, load_rows, special_ids
 from unlearn.model import generating
 from unlearn.reference import score
 
@@ -58,6 +58,10 @@ class SetScores:
     generated: tuple[str, ...] = ()
 
     @property
+    def has_wrong_answers(self) -> bool:
+        return self.wrong_nll.shape[1] > 0
+
+    @property
     def log_truth_ratio(self) -> np.ndarray:
         return metrics.log_truth_ratio(self.correct_nll, self.wrong_nll)
 
@@ -68,12 +72,11 @@ class SetScores:
         return float(metrics.probability(self.answer_nll).mean())
 
     def utility_terms(self, name: str) -> dict[str, float]:
-        """The set's three terms of model utility (two where nothing was generated)."""
-        ratio = np.exp(np.clip(self.log_truth_ratio, -700, 700))  # either score is saturated by then
-        terms = {
-            f"{name}_probability": self.probability,
-            f"{name}_truth_ratio": metrics.utility_truth_ratio_score(ratio),
-        }
+        """The set's terms of model utility: probability, truth ratio given wrong answers, ROUGE-L if generated."""
+        terms = {f"{name}_probability": self.probability}
+        if self.has_wrong_answers:
+            ratio = np.exp(np.clip(self.log_truth_ratio, -700, 700))  # the score is saturated by then
+            terms[f"{name}_truth_ratio"] = metrics.utility_truth_ratio_score(ratio)
         if self.rouge_l is not None:
             terms[f"{name}_rouge_l"] = float(self.rouge_l.mean())
         return terms
@@ -88,13 +91,18 @@ class Evaluation:
 
 
 def make_set(name: str, kind: Kind, rows: list[Row], tokenizer: Any, *, max_length: int | None = None) -> EvalSet:
-    """Encode a set. Raises ValueError naming the row whose answers cannot be used."""
-    encoded = []
+    """Encode a set. Raises ValueError naming the row whose answers cannot be used.
+
+    A set without any wrong answers is a set without truth ratio; the other metrics are there.
+    """
+    encoded: list[EvalRow] = []
     for row in rows:
         fields = row.fields or {}
-        wrong = fields.get("perturbed_answer")
+        wrong = fields.get("perturbed_answer") or []
         wrong = [wrong] if isinstance(wrong, str) else wrong
-        if not isinstance(wrong, list) or not wrong or not all(isinstance(text, str) for text in wrong):
+        if not isinstance(wrong, list) or not all(isinstance(text, str) for text in wrong):
+            raise ValueError(f"{row.key}: perturbed_answer is not a string or a list of strings")
+        if not wrong and (kind == "other" or any(other.wrong for other in encoded)):
             raise ValueError(f"{row.key}: perturbed_answer is missing; a string or a list of wrong answers is accepted")
         right = fields.get("paraphrased_answer", row.answer)
         right = right[0] if isinstance(right, list) and right else right
@@ -230,14 +238,13 @@ def add_rouge(
     """The same scores with generated answers and their ROUGE-L recall."""
     sets = list(sets)
     prompts = [row.answer.input_ids[: row.answer.answer_start] for group in sets for row in group.rows]
-    special = set(tokenizer.all_special_ids)
     texts = generate(
         model,
         tokenizer,
         prompts,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
-        stop={row.answer.input_ids[-1] for group in sets for row in group.rows} & special,
+        stop={row.answer.input_ids[-1] for group in sets for row in group.rows} & special_ids(tokenizer),
         progress=progress,
     )
     result, done = {}, 0
@@ -262,10 +269,11 @@ def summarize(scores: dict[str, SetScores], gold_log_truth_ratio: np.ndarray | N
     terms: dict[str, float] = {}
     for name, s in scores.items():
         if s.kind == "forget":
-            ratio = np.exp(np.clip(s.log_truth_ratio, -700, 700))
             values["forget_probability"] = s.probability
-            values["truth_ratio"] = metrics.forget_truth_ratio_score(ratio)
             values["forget_logprob_per_token"] = float(-s.answer_nll.mean())
+            if s.has_wrong_answers:
+                ratio = np.exp(np.clip(s.log_truth_ratio, -700, 700))
+                values["truth_ratio"] = metrics.forget_truth_ratio_score(ratio)
             if gold_log_truth_ratio is not None:
                 values["forget_quality"] = metrics.forget_quality(s.log_truth_ratio, gold_log_truth_ratio).p_value
             if s.rouge_l is not None:

@@ -103,6 +103,23 @@ def open_output(output: Path, header: dict[str, Any], *, resume: bool, say: Call
         raise ValueError(f"output: {output} cannot be written ({error.strerror})") from None
 
 
+def is_finished(output: Path, config: dict[str, Any]) -> bool:
+    """Whether the run in `output` did its last step and saved its model. Raises ValueError for other settings."""
+    path = output / METRICS_FILE
+    if not path.exists() or not (output / MODEL_FOLDER).is_dir():
+        return False
+    lines = path.read_bytes().splitlines()
+    try:
+        header = json.loads(lines[0])
+        finished = bool(header["num_steps"] == json.loads(lines[-1])["step"])
+        stored = dict(header["config"])
+    except (ValueError, KeyError, IndexError, TypeError):
+        return False  # resuming says what is wrong with it
+    if finished:
+        _check_same_settings(stored, config)
+    return finished
+
+
 def _latest(output: Path) -> Path | None:
     try:
         return checkpoint.latest(output / CHECKPOINT_FOLDER)
@@ -117,15 +134,19 @@ def _check_same_run(line: bytes, now: dict[str, Any], path: Path, say: Callable[
         config, provenance, data = stored["config"], stored["provenance"], stored["data"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"output: the first line of {path} is not a run's header; name another folder") from None
-    for name, value in now["config"].items():
-        if name not in _FREE_SETTINGS and config.get(name) != value:
-            raise ValueError(f"resume: {name} was {config.get(name)!r} and is now {value!r}; they have to agree")
+    _check_same_settings(config, now["config"])
     if data != now["data"]:
         raise ValueError("resume: the rows or their tokens are not those that the run began with")
     for name in _BITWISE:
         if provenance.get(name) != now["provenance"][name]:
             was, is_now = provenance.get(name), now["provenance"][name]
             say(f"resuming with {name} {is_now}, begun with {was}: the last bits may differ")
+
+
+def _check_same_settings(stored: dict[str, Any], now: dict[str, Any]) -> None:
+    for name, value in now.items():
+        if name not in _FREE_SETTINGS and stored.get(name) != value:
+            raise ValueError(f"resume: {name} was {stored.get(name)!r} and is now {value!r}; they have to agree")
 
 
 def save_checkpoint(output: Path, step: int, model: nn.Module, optimizer: AdamWSR, metrics: MetricsFile) -> None:
@@ -154,19 +175,29 @@ def load_checkpoint(output: Path, model: nn.Module, optimizer: AdamWSR, metrics:
 
 
 def save_pretrained(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """The model and tokenizer as transformers loads them, whole or not at all."""
+    """The model and tokenizer as transformers loads them: on disk before they replace what `folder` held.
+
+    A kill between the two renames leaves the earlier model beside it as .NAME.old; the run's resume writes it anew.
+    """
     temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        checkpoint.fsync_tree(temporary)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.replace(folder, old)
-        os.replace(temporary, folder)
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
+        checkpoint.fsync_dir(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def save_broken_step(output: Path, step: Step, row: dict[str, Any]) -> Path:
@@ -186,7 +217,6 @@ def provenance(model: nn.Module) -> dict[str, Any]:
     import transformers
 
     device = next(model.parameters()).device
-    processor = platform.processor() or platform.machine()
     here = Path(__file__).resolve().parent
     return {
         "unlearn": __version__,
@@ -195,11 +225,25 @@ def provenance(model: nn.Module) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "command": " ".join(sys.argv),
     }
+
+
+def cpu_name() -> str:
+    """The processor's name with the instruction sets that matter here."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    flags = set(fields.get("flags", "").split()) & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}
+    return f"{fields.get('model name', platform.machine())} ({', '.join(sorted(flags))})"
 
 
 def _commit(root: Path) -> str | None:

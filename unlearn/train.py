@@ -53,6 +53,8 @@ __all__ = [
 ]
 
 Say = Callable[[str], None]
+# Nats per token by which hidden states of other packs may diverge: the square of a dtype's rounding, with a margin.
+KL_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 _ON_THE_BAR = ("forget_logprob_per_token", "retain_logprob_per_token")
 
 
@@ -66,7 +68,8 @@ class InvariantError(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """seconds: of the steps alone; reference_seconds: of the reference pass, 0 where none was computed."""
+    """num_steps: done by this call, fewer than the run's after a resume; seconds: of those steps alone;
+    reference_seconds: of the reference pass, 0 where none was computed."""
 
     num_steps: int
     seconds: float
@@ -127,8 +130,11 @@ def train(
         done = load_checkpoint(output, model, optimizer, metrics) if resume else 0
         if done:
             say(f"resuming after step {done} of {len(plan)}")
-        elif after_step is not None:
-            after_step(0)
+        else:
+            if resume:
+                say("no checkpoint to resume from: starting over")
+            if after_step is not None:
+                after_step(0)
         reset_peak(device)
         seconds, peak = 0.0, 0.0
         bar = stack.enter_context(
@@ -144,12 +150,15 @@ def train(
             for items in ([item for group in packed for item in group] for packed in packs):
                 batch = collate(items).to(device)
                 rehearsal = None
-                if step.index == 0 and tally.num_packs == 0 and method.reference:
+                first = step.index == 0 and tally.num_packs == 0
+                if first and method.reference:
                     rehearsal = _forward(model, batch, items, config, totals, ref).logprobs
                 result = _forward(model, batch, items, config, totals, ref)
                 if rehearsal is not None:
                     bar.clear()
                     check_invariants(batch, rehearsal, result.logprobs, next(model.parameters()).dtype, say)
+                if first and result.kl is not None:
+                    check_kl(batch, result.kl.item(), next(model.parameters()).dtype, say)
                 if config.skip_below == 0 or bool(result.active.any()):
                     result.loss.backward()
                 tally.add(batch, result)
@@ -175,7 +184,7 @@ def train(
                 peak = max(peak, peak_mib(device))
                 after_step(step.index + 1)
                 reset_peak(device)
-        found = TrainResult(len(plan), seconds, ref.seconds, max(peak, peak_mib(device)))
+        found = TrainResult(len(plan) - done, seconds, ref.seconds, max(peak, peak_mib(device)))
     if save_model:
         save_pretrained(model, tokenizer, output / MODEL_FOLDER)
     return found
@@ -244,6 +253,18 @@ def check_invariants(batch: PackedBatch, rehearsal: Tensor, policy: Tensor, dtyp
         raise InvariantError(
             f"stored reference log-likelihoods differ by {difference.max().item():.3g} nats from the same weights now"
         )
+
+
+def check_kl(batch: PackedBatch, kl: float, dtype: torch.dtype, say: Say) -> None:
+    """The same for KL retain: before the first update the divergence from the stored states is rounding alone.
+
+    kl: summed over the batch's retain answer tokens, nats. Raises InvariantError with its mean.
+    """
+    tokens = sum(n for n, role in zip(batch.answer_lengths, batch.roles, strict=True) if role == Role.RETAIN)
+    mean, allowed = kl / tokens, KL_TOLERANCE.get(dtype, 1e-9)
+    say(f"KL from the stored reference before the first step: {mean:.3g} nats per token (allowed {allowed:.3g})")
+    if math.isfinite(mean) and mean > allowed:  # broken weights or rows: the step's own check names them
+        raise InvariantError(f"the stored reference states are {mean:.3g} nats per token from the same weights now")
 
 
 @torch.no_grad()
