@@ -64,12 +64,10 @@ def load_training_set(config: TrainConfig, tokenizer: Any, *, max_length: int | 
     retain = load_rows(config.retain, role="retain") if config.retain else []
     method = METHODS[config.method]
     refusals: list[str] = []
-    if config.alternates is not None:
-        extra = load_rows(config.alternates, role="alternates") if method.pairs == "alternates" else []
-        if method.pairs == "alternates":
-            forget = _join_alternates(forget, extra, config.alternates)
-        else:
-            refusals = _load_refusals(config.alternates)
+    if config.alternates is not None and method.pairs == "alternates":
+        forget = _join_alternates(forget, load_rows(config.alternates, role="alternates"), config.alternates)
+    elif config.alternates is not None:
+        refusals = _load_refusals(config.alternates)
     return make_training_set(config, tokenizer, forget, retain, refusals, max_length=max_length)
 
 

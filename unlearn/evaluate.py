@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import nn
 from unlearn import metrics
 from unlearn.data import Row, Sequence, encode, load_rows, special_ids
 from unlearn.model import generating
-from unlearn.reference import score
+from unlearn.reference import score, unique
 
 Progress = Callable[[int], None]
 Kind = Literal["forget", "retain", "other", "known"]
@@ -33,6 +33,10 @@ class EvalRow:
     answer: Sequence
     paraphrased: Sequence
     wrong: tuple[Sequence, ...]
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        return (self.answer, self.paraphrased, *self.wrong)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,11 @@ class SetScores:
         return metrics.log_truth_ratio(self.correct_nll, self.wrong_nll)
 
     @property
+    def truth_ratio(self) -> np.ndarray:
+        """Within float64's range, where both scores of it are long saturated."""
+        return np.exp(np.clip(self.log_truth_ratio, -700, 700))
+
+    @property
     def probability(self) -> float:
         if self.kind == "other":
             return float(metrics.normalized_probability(self.answer_nll, self.wrong_nll).mean())
@@ -75,8 +84,7 @@ class SetScores:
         """The set's terms of model utility: probability, truth ratio given wrong answers, ROUGE-L if generated."""
         terms = {f"{name}_probability": self.probability}
         if self.has_wrong_answers:
-            ratio = np.exp(np.clip(self.log_truth_ratio, -700, 700))  # the score is saturated by then
-            terms[f"{name}_truth_ratio"] = metrics.utility_truth_ratio_score(ratio)
+            terms[f"{name}_truth_ratio"] = metrics.utility_truth_ratio_score(self.truth_ratio)
         if self.rouge_l is not None:
             terms[f"{name}_rouge_l"] = float(self.rouge_l.mean())
         return terms
@@ -132,16 +140,14 @@ def score_sets(
     sets = list(sets)
     if len({group.name for group in sets}) != len(sets):
         raise ValueError(f"sets: two have the same name among {', '.join(group.name for group in sets)}")
-    every = [s for group in sets for row in group.rows for s in (row.answer, row.paraphrased, *row.wrong)]
-    distinct = {s.content_key: s for s in every}
-    values = score(model, list(distinct.values()), max_tokens=max_tokens, progress=progress)
-    for sequence, value in zip(distinct.values(), values, strict=True):
+    distinct = _distinct(sets)
+    nll: dict[str, float] = {}
+    for sequence, value in zip(
+        distinct, score(model, distinct, max_tokens=max_tokens, progress=progress), strict=True
+    ):
         if not math.isfinite(value):
             raise ValueError(f"model: the log-likelihood of {sequence.key} is {value}; such a model has no metrics")
-    nll = {
-        key: -value / sequence.num_answer_tokens
-        for (key, sequence), value in zip(distinct.items(), values, strict=True)
-    }
+        nll[sequence.content_key] = -value / sequence.num_answer_tokens
 
     def average(sequences: Iterable[Sequence]) -> np.ndarray:
         return np.array([nll[s.content_key] for s in sequences])
@@ -252,10 +258,7 @@ def add_rouge(
         own = texts[done : done + len(group.rows)]
         done += len(own)
         recall = metrics.rouge_l_recall(own, [row.row.answer for row in group.rows])
-        before = scores[group.name]
-        result[group.name] = SetScores(
-            before.answer_nll, before.correct_nll, before.wrong_nll, before.kind, recall, tuple(own)
-        )
+        result[group.name] = replace(scores[group.name], rouge_l=recall, generated=tuple(own))
     return result
 
 
@@ -272,20 +275,20 @@ def summarize(scores: dict[str, SetScores], gold_log_truth_ratio: np.ndarray | N
             values["forget_probability"] = s.probability
             values["forget_logprob_per_token"] = float(-s.answer_nll.mean())
             if s.has_wrong_answers:
-                ratio = np.exp(np.clip(s.log_truth_ratio, -700, 700))
-                values["truth_ratio"] = metrics.forget_truth_ratio_score(ratio)
+                values["truth_ratio"] = metrics.forget_truth_ratio_score(s.truth_ratio)
             if gold_log_truth_ratio is not None:
                 values["forget_quality"] = metrics.forget_quality(s.log_truth_ratio, gold_log_truth_ratio).p_value
             if s.rouge_l is not None:
                 values["forget_rouge_l"] = float(s.rouge_l.mean())
         else:
-            terms |= s.utility_terms(name)
+            own_terms = s.utility_terms(name)
+            terms |= own_terms
             if s.kind == "retain":
                 values["retain_probability"] = s.probability
                 values["retain_logprob_per_token"] = float(-s.answer_nll.mean())
                 if s.rouge_l is not None:
                     values["retain_rouge_l"] = float(s.rouge_l.mean())
-                values["retain_utility"] = metrics.model_utility(s.utility_terms(name))
+                values["retain_utility"] = metrics.model_utility(own_terms)
     if terms:
         values["model_utility"] = metrics.model_utility(terms)
     return Evaluation(values | terms, scores)
@@ -313,5 +316,8 @@ def evaluate(
 def num_pieces(sets: Iterable[EvalSet]) -> int:
     """What `progress` of evaluate() counts to: distinct sequences and generated answers."""
     sets = list(sets)
-    keys = {s.content_key for g in sets for row in g.rows for s in (row.answer, row.paraphrased, *row.wrong)}
-    return len(keys) + sum(len(group.rows) for group in sets)
+    return len(_distinct(sets)) + sum(len(group.rows) for group in sets)
+
+
+def _distinct(sets: Iterable[EvalSet]) -> list[Sequence]:
+    return unique(sequence for group in sets for row in group.rows for sequence in row.sequences)

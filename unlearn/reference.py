@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unlearn.attention import ATTENTION
-from unlearn.data import Item, Role, Sequence, collate, pack
+from unlearn.data import Item, PackedBatch, Role, Sequence, collate, pack
 from unlearn.model import head_of, hidden_states
 from unlearn_kernels import backends, sequence_logprobs
 
@@ -75,20 +75,28 @@ def score(
     Sorted by length before packing, so that sequences of a pack share attention calls. progress is called with the
     number of sequences done.
     """
-    head, device = head_of(model), next(model.parameters()).device
+    head = head_of(model)
     order = sorted(range(len(sequences)), key=lambda i: sequences[i].num_tokens)
     values = [0.0] * len(sequences)
     done = 0
-    for packed in pack([[Item(sequences[i], Role.FORGET)] for i in order], max_tokens):
-        batch = collate([item for group in packed for item in group]).to(device)
-        hidden = hidden_states(model, batch)
+    for batch, hidden in _forward([sequences[i] for i in order], model, max_tokens, progress):
         logprobs = sequence_logprobs(hidden, head.weight, batch.targets, batch.cu_answers, **head.kwargs())
         for value in logprobs.tolist():
             values[order[done]] = value
             done += 1
+    return values
+
+
+def _forward(
+    sequences: list[Sequence], model: nn.Module, max_tokens: int, progress: Progress | None
+) -> Iterator[tuple[PackedBatch, Tensor]]:
+    """Packs of these sequences, in order, with their hidden states [N, H]; runs under the caller's grad mode."""
+    device = next(model.parameters()).device
+    for packed in pack([[Item(sequence, Role.RETAIN)] for sequence in sequences], max_tokens):
+        batch = collate([item for group in packed for item in group]).to(device)
+        yield batch, hidden_states(model, batch)
         if progress is not None:
             progress(batch.num_sequences)
-    return values
 
 
 def unique(sequences: Iterable[Sequence]) -> list[Sequence]:
@@ -241,13 +249,9 @@ class ReferenceHidden:
         lengths = [sequence.num_answer_tokens for sequence in wanted]
         stored = torch.empty(sum(lengths), weight.shape[1], dtype=weight.dtype)
         done = 0
-        for packed in pack([[Item(sequence, Role.RETAIN)] for sequence in wanted], max_tokens):
-            batch = collate([item for group in packed for item in group]).to(weight.device)
-            hidden = hidden_states(model, batch)
+        for _, hidden in _forward(wanted, model, max_tokens, progress):
             stored[done : done + len(hidden), : hidden.shape[1]] = hidden.cpu()
             done += len(hidden)
-            if progress is not None:
-                progress(batch.num_sequences)
         if head.bias is not None:
             _fill_bias_ones(stored, head.weight.shape[1])
         keys = [sequence.content_key for sequence in wanted]
