@@ -13,6 +13,10 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+# before the first import of triton: without a GPU its kernels run interpreted, on CPU tensors
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # the suite runs one process per core (make test); threads of one process would fight those of the other

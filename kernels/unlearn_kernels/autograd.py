@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .backends import BACKENDS
 from .objectives import Objective
 from .options import Needs, Spec
 from .problem import Coefficients, Gradients, Problem
@@ -121,7 +122,7 @@ def _from_kept(problem: Problem, kept: Any, upstream_N: Tensor) -> tuple[Tensor 
 def _unscaled(problem: Problem) -> tuple[Tensor, Tensor | None]:
     """Values and the gradient of hidden for an upstream gradient of 1, chunk by chunk."""
     grads = problem.new_gradients(final=False)
-    size = problem.rows_that_fit()
+    size = even_chunk(problem.num_rows, problem.rows_that_fit())
     e_CV, scratch = problem.new_e(size), problem.scratch(size)
     values = []
     for start in range(0, problem.num_rows, size):
@@ -133,7 +134,7 @@ def _unscaled(problem: Problem) -> tuple[Tensor, Tensor | None]:
 
 
 def _recompute(problem: Problem, upstream_N: Tensor) -> tuple[Tensor | None, ...]:
-    size = min(problem.rows_that_fit(), problem.num_rows)
+    size = min(even_chunk(problem.num_rows, problem.rows_that_fit()), problem.num_rows)
     grads = problem.new_gradients(final=size == problem.num_rows)
     add_recomputed(problem, 0, problem.num_rows, upstream_N, grads, problem.new_e(size), problem.scratch(size))
     return problem.scaled(grads, None)
@@ -151,13 +152,18 @@ def add_recomputed(
 
 
 class Plan(NamedTuple):
-    """Where the sequences and groups lie, on the host."""
+    """Where the sequences and groups lie, on the host and (boundaries alone, int64) on the device."""
 
     boundaries: list[int]  # B + 1 row numbers
     groups: list[int]  # sizes in sequences
+    on_device: Tensor
 
     def chunks(self, max_rows: int) -> list[tuple[int, int]]:
-        """Runs of whole groups, as sequence ranges, of at most max_rows rows; a longer group is a chunk of its own."""
+        """Runs of whole groups, as sequence ranges, of at most max_rows rows; a longer group is a chunk of its own.
+
+        Of about equal size: a small last chunk would leave most of a GPU idle.
+        """
+        max_rows = even_chunk(self.boundaries[-1], max_rows, slack=max_rows // 16)
         chunks, first, last = [], 0, 0
         for size in self.groups:
             if last > first and self.boundaries[last + size] - self.boundaries[first] > max_rows:
@@ -165,6 +171,12 @@ class Plan(NamedTuple):
                 first = last
             last += size
         return [*chunks, (first, last)]
+
+
+def even_chunk(num_rows: int, max_rows: int, slack: int = 0) -> int:
+    """The size of the fewest equal chunks, rounded up to whole tiles of 128 rows, plus slack; never above max_rows."""
+    count = -(-num_rows // max_rows)
+    return min(max_rows, (-(-num_rows // count) + 127) // 128 * 128 + slack)
 
 
 class _Scores(NamedTuple):
@@ -235,7 +247,7 @@ class _LossRun:
     def __init__(self, problem: Problem, objective: Objective, plan: Plan) -> None:
         self.problem, self.objective, self.plan = problem, objective, plan
         device = problem.hidden_NH.device
-        self.boundaries = torch.tensor(plan.boundaries, device=device)
+        self.boundaries = plan.on_device
         self.lengths = self.boundaries.diff()
         self.index = torch.arange(len(plan.boundaries) - 1, device=device)
         self.parts: list[_Scores] = []
@@ -243,7 +255,7 @@ class _LossRun:
     def score(self, first: int, last: int, value_C: Tensor) -> Tensor:
         """Sequences first:last from their rows' log-probabilities; returns the slope per row, float64."""
         offsets = self.boundaries[first : last + 1] - self.plan.boundaries[first]
-        logprob = sequence_sums(value_C, offsets)
+        logprob = sequence_sums(value_C, offsets, self.problem.spec.backend)
         lengths, index = self.lengths[first:last], self.index[first:last]
         loss, slope = evaluate_objective(self.objective, logprob, lengths, index)
         self.parts.append(_Scores(logprob, loss, slope))
@@ -306,10 +318,26 @@ class _LossRun:
         return grads
 
 
-def sequence_sums(value_N: Tensor, boundaries: Tensor) -> Tensor:
-    """Sums over value[boundaries[b]:boundaries[b + 1]], in row order: a sequence's sum does not depend on its
+class _SequenceSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, boundaries: Tensor, backend: str) -> Tensor:
+        ctx.save_for_backward(boundaries)
+        ctx.num_rows = value.shape[0]
+        out = torch.empty(boundaries.shape[0] - 1, dtype=value.dtype, device=value.device)
+        BACKENDS[backend].steps.segment_sums(value, boundaries, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        (boundaries,) = ctx.saved_tensors
+        # output_size: without it the host would wait for the sum of the lengths
+        return torch.repeat_interleave(upstream, boundaries.diff(), output_size=ctx.num_rows), None, None
+
+
+def sequence_sums(value_N: Tensor, boundaries: Tensor, backend: str) -> Tensor:
+    """Sums over value[boundaries[b]:boundaries[b + 1]], float64 [B]; a sequence's sum does not depend on its
     neighbours."""
-    return torch.segment_reduce(value_N, "sum", offsets=boundaries.long(), axis=0)
+    return _SequenceSums.apply(value_N, boundaries, backend)
 
 
 def evaluate_objective(

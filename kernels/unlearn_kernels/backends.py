@@ -6,6 +6,8 @@ registered operator, `torch.ops.unlearn_kernels.<backend>_<step>`, whose fake im
 and dispatch-mode accounting see the schedule's buffers, and torch.compile sees opaque calls without graph breaks.
 
 Which one serves what:
+  triton  CUDA and ROCm devices of compute capability 8.0 on, for bf16, fp16 and float32: one fused kernel instead of a
+          product and five passes. Forced by name it also runs on CPU tensors under Triton's interpreter.
   torch   any device, any dtype: the truth to fall back on, and the only one for float64.
 
 To add one: write a module with the functions of STEPS (or take some of them from `chunked`), call `register`, and say
@@ -14,6 +16,9 @@ in `choose` where it serves and why.
 
 from __future__ import annotations
 
+import functools
+import importlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -41,6 +46,13 @@ STEPS = {
     "exp_sums": f"({_INPUTS}, Tensor offset, Tensor(a!) sums, Tensor(b!)? e, Tensor(c!) scratch) -> ()",
     # Rows whose S left the range get a new offset and are done again; must leave the others' bits alone.
     "redo_rows": f"({_INPUTS}, Tensor(a!) offset, Tensor(b!) sums, Tensor(c!)? e, Tensor(d!) scratch) -> ()",
+    # value [C] float64 = log p_y; what the gradient products need per row for an upstream gradient of 1.
+    "finish_rows": (
+        "(Tensor target_logit, Tensor offset, Tensor sums, float logit_scale, float softcap, "
+        "Tensor(a!) value, Tensor(b!) target_coeff, Tensor(c!) e_coeff) -> ()"
+    ),
+    # out [B] float64 = sums of value [N] over the segments between boundaries [B + 1].
+    "segment_sums": "(Tensor value, Tensor boundaries, Tensor(a!) out) -> ()",
     # out [C, D] (any dtype) = target_coeff matrix[y] - e_coeff (E matrix).
     "row_grad": f"(Tensor e, Tensor matrix, {_COEFFICIENTS}, Tensor(a!) out, Tensor(b!) scratch) -> ()",
     # out [V, D] (any dtype) (+)= scatter(target_coeff rows at y) - E^T (e_coeff rows).
@@ -104,7 +116,8 @@ def _checked_targets(targets: Tensor, vocab: int) -> Tensor:
 
 
 def _checked_boundaries(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    checks.check_boundaries(cu_seqlens.tolist(), num_tokens)
+    if not (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
+        checks.check_boundaries(cu_seqlens.tolist(), num_tokens)
     return cu_seqlens.clone()
 
 
@@ -123,10 +136,66 @@ checked_targets = torch.ops.unlearn_kernels.checked_targets
 checked_boundaries = torch.ops.unlearn_kernels.checked_boundaries
 
 
+@functools.cache
+def load_triton() -> str:
+    """Registers the Triton backend; the reason where that cannot be done, else ""."""
+    try:
+        module = importlib.import_module(".triton_backend", __package__)
+    except ImportError as error:
+        return str(error)
+    register("triton", module)
+    return ""
+
+
+# A traced program cannot register operators: where Triton will be wanted it is there before anything is traced.
+if torch.cuda.is_available():
+    load_triton()
+
+
 def choose(hidden: Tensor, weight: Tensor, forced: str | None) -> Backend:
-    """The backend for these inputs; a forced one that does not exist is a ValueError."""
+    """The backend for these inputs. ValueError for a forced one that does not exist or cannot serve them."""
+    if forced == "triton":
+        if missing := load_triton():
+            raise ValueError(f"options.backend is 'triton', which does not load ({missing}); accepted: 'torch' or None")
+        if unserved := _triton_refusal(hidden):
+            raise ValueError(f"options.backend is 'triton', which serves no {unserved}; accepted: 'torch' or None")
+        return BACKENDS["triton"]
     if forced is not None:
         if forced not in BACKENDS:
-            raise ValueError(f"options.backend is {forced!r}; accepted: {', '.join(sorted(BACKENDS))} or None")
+            raise ValueError(f"options.backend is {forced!r}; accepted: 'torch', 'triton' or None")
         return BACKENDS[forced]
+    if hidden.is_cuda and _triton_refusal(hidden) is None:
+        if not load_triton():
+            return BACKENDS["triton"]
+        _warn_without_triton()
     return BACKENDS["torch"]
+
+
+def _triton_refusal(hidden: Tensor) -> str | None:
+    """What about these inputs the Triton backend does not serve."""
+    if hidden.dtype == torch.float64:
+        return "float64"
+    if hidden.is_cuda:
+        if torch.version.hip is None and torch.cuda.is_available() and _capability(hidden.device) < (8, 0):
+            return f"device of compute capability {_capability(hidden.device)}, below (8, 0)"
+        return None
+    if hidden.device.type == "cpu" and "triton" in BACKENDS and _interpreted():
+        return None
+    return f"{hidden.device.type} tensors (CPU ones under TRITON_INTERPRET=1, set before the first import of triton)"
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _interpreted() -> bool:
+    return bool(importlib.import_module(".triton_tuning", __package__).interpreted())
+
+
+@functools.cache
+def _warn_without_triton() -> None:
+    warnings.warn(
+        f"unlearn_kernels runs its torch formulation on this GPU: {load_triton()}. To mend: pip install triton",
+        stacklevel=2,
+    )

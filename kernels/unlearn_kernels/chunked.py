@@ -23,6 +23,7 @@ from .tiles import (
     mm,
     native_product_dtype,
     operand,
+    product_rows,
     scratch_elements,
     slice_bias,
     slice_lora,
@@ -31,12 +32,14 @@ from .tiles import (
 __all__ = [
     "col_grad",
     "exp_sums",
+    "finish_rows",
     "kl_rows",
     "kl_scratch_elements",
     "matmul",
     "redo_rows",
     "row_grad",
     "scratch_elements",
+    "segment_sums",
     "target_logits",
     "token_stats",
 ]
@@ -201,17 +204,10 @@ def row_grad(
     """out_t = target_coeff_t matrix[y_t] - e_coeff_t (E matrix)_t, accumulated in the scratch's dtype."""
     vocab, width = matrix_VD.shape
     regions = Scratch(scratch, e_CV.shape[0], width, vocab, planes=1)
-    native = native_product_dtype(e_CV, matrix_VD)
     for start, stop in blocks(e_CV.shape[0], regions.rows):
         rows = slice(start, stop)
         acc_RD = regions.rows_region(stop - start, width)
-        if e_CV.dtype == matrix_VD.dtype == acc_RD.dtype:
-            torch.mm(e_CV[rows], matrix_VD, out=acc_RD)
-        else:
-            for first, last in blocks(vocab, regions.cols):
-                e_RK = operand(e_CV[rows, first:last], regions.tile(stop - start, last - first), native)
-                matrix_KD = operand(matrix_VD[first:last], regions.vocab_region(last - first, width), native)
-                mm(acc_RD, e_RK, matrix_KD, accumulate=first > 0)
+        product_rows(acc_RD, e_CV[rows], matrix_VD, regions)
         acc_RD.mul_(e_coeff_C[rows, None].neg())
         if targets_C is not None and target_coeff_C is not None:
             safe_R = targets_C[rows].clamp(0, vocab - 1)
@@ -289,3 +285,34 @@ def matmul(x: Tensor, y: Tensor, alpha: float, accumulate: bool, out: Tensor) ->
     if alpha != 1.0:
         product.mul_(alpha)
     out.copy_(product.add_(out) if accumulate else product)
+
+
+def finish_rows(
+    target_logit_C: Tensor,
+    offset_C: Tensor,
+    sums_C: Tensor,
+    logit_scale: float,
+    softcap: float,
+    value_C: Tensor,
+    target_coeff_C: Tensor,
+    e_coeff_C: Tensor,
+) -> None:
+    """Log-probability (float64) and gradient coefficients of each row from z_y, m and S; float64: it is N numbers only.
+
+    d is taken as m - z_y and not as 40: adding 40 to z_y rounds, and the rounded m is what E was computed with.
+    """
+    d_C = offset_C.double() - target_logit_C.double()
+    sums_C = sums_C.double()
+    e_y_C = torch.exp(-d_C)
+    total_C = sums_C + e_y_C
+    logprob_C = torch.where(sums_C < e_y_C, -torch.log1p(sums_C / e_y_C), -d_C - torch.log(total_C))
+    slope = 1.0 - (target_logit_C.double() / softcap).square() if softcap else 1.0
+    value_C.copy_(logprob_C)
+    target_coeff_C.copy_(-torch.expm1(logprob_C) * logit_scale * slope)
+    e_coeff_C.copy_(logit_scale / total_C)
+
+
+def segment_sums(value_N: Tensor, boundaries: Tensor, out_B: Tensor) -> None:
+    """out_b = sum of value[boundaries[b]:boundaries[b + 1]] in float64 and in row order: a sequence's sum is a function
+    of its rows alone."""
+    out_B.copy_(torch.segment_reduce(value_N, "sum", offsets=boundaries.long(), axis=0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -119,42 +121,62 @@ def kl_rows(
     Both models' logits of a few rows lie in the scratch, so no online maximum is needed here and the sum has terms
     q (expm1(u) - u) >= 0, u = log p - log q: no cancellation where policy and reference nearly agree.
     """
-    vocab, width = weight_VH.shape
-    wide = max(width, ref_weight_VG.shape[1])
-    budget = scratch.numel()
-    num_cols = max(1, min(CPU_TILE[1], vocab, (budget - 2 * vocab - wide) // wide // 2))
-    num_rows = max(1, min(hidden_CH.shape[0], (budget - num_cols * wide) // (2 * vocab + wide)))
-    rows_flat, tile_flat, logits_flat = scratch.split(
-        [num_rows * wide, num_cols * wide, budget - (num_rows + num_cols) * wide]
-    )
-
-    def fill(
-        out_RV: Tensor,
-        hidden: Tensor,
-        weight: Tensor,
-        rows: slice,
-        bias: Tensor | None = None,
-        lora_hidden: Tensor | None = None,
-        lora_b: Tensor | None = None,
-    ) -> None:
-        native, width = native_product_dtype(hidden, weight), weight.shape[1]
-        region = rows_flat[: out_RV.shape[0] * width].view(-1, width)
-        hidden_RH = operand(hidden[rows], region, native)
-        for first, last in blocks(vocab, num_cols):
-            cols = slice(first, last)
-            weight_KH = operand(weight[cols], tile_flat[: (last - first) * width].view(-1, width), native)
-            lora = slice_lora(lora_hidden, lora_b, rows, cols)
-            logits_tile(out_RV[:, cols], hidden_RH, weight_KH, slice_bias(bias, cols), lora, logit_scale, softcap)
-
-    for start, stop in blocks(hidden_CH.shape[0], num_rows):
+    vocab = weight_VH.shape[0]
+    split = kl_split(scratch, hidden_CH.shape[0], vocab, max(weight_VH.shape[1], ref_weight_VG.shape[1]))
+    piece_rows = max(1, split.cols * 64 // vocab)
+    for start, stop in blocks(hidden_CH.shape[0], split.rows):
         rows = slice(start, stop)
-        z_RV, r_RV = logits_flat[: 2 * (stop - start) * vocab].view(2, stop - start, vocab)
-        fill(z_RV, hidden_CH, weight_VH, rows, bias_V, lora_hidden_CR, lora_b_VR)
-        fill(r_RV, ref_hidden_CG, ref_weight_VG, rows)
-        for part in range(0, stop - start, max(1, num_cols * 64 // vocab)):
-            piece = slice(part, min(part + max(1, num_cols * 64 // vocab), stop - start))
+        z_RV, r_RV = split.logits[: 2 * (stop - start) * vocab].view(2, stop - start, vocab)
+        policy = (hidden_CH, weight_VH, bias_V, lora_hidden_CR, lora_b_VR)
+        fill_kl_logits(z_RV, split, *policy, rows, logit_scale, softcap)
+        fill_kl_logits(r_RV, split, ref_hidden_CG, ref_weight_VG, None, None, None, rows, logit_scale, softcap)
+        for part in range(0, stop - start, piece_rows):
+            piece = slice(part, min(part + piece_rows, stop - start))
             out = slice(start + piece.start, start + piece.stop)
             _kl_piece(z_RV[piece], r_RV[piece], softcap, kl_C[out], None if g_CV is None else g_CV[out])
+
+
+class KLSplit(NamedTuple):
+    """A scratch cut up for KL: an operand of `rows` hidden rows, one of `cols` weight rows, and both models' logits of
+    `rows` rows."""
+
+    rows: int
+    cols: int
+    hidden: Tensor
+    weight: Tensor
+    logits: Tensor
+
+
+def kl_split(scratch: Tensor, num_rows: int, vocab: int, wide: int) -> KLSplit:
+    """wide: the larger of both models' hidden sizes."""
+    budget = scratch.numel()
+    cols = max(1, min(CPU_TILE[1], vocab, (budget - 2 * vocab - wide) // wide // 2))
+    rows = max(1, min(num_rows, (budget - cols * wide) // (2 * vocab + wide)))
+    return KLSplit(rows, cols, *scratch.split([rows * wide, cols * wide, budget - (rows + cols) * wide]))
+
+
+def fill_kl_logits(
+    out_RV: Tensor,
+    split: KLSplit,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_b: Tensor | None,
+    rows: slice,
+    logit_scale: float,
+    softcap: float,
+) -> None:
+    """out = all logits of these rows, tile by tile; in one product where the device multiplies 16 bits into float32."""
+    native, (vocab, width) = native_product_dtype(hidden, weight), weight.shape
+    cols_per_tile = vocab if native is not None and hidden.dtype == weight.dtype else split.cols
+    hidden_RH = operand(hidden[rows], split.hidden[: out_RV.shape[0] * width].view(-1, width), native)
+    for first, last in blocks(vocab, cols_per_tile):
+        cols = slice(first, last)
+        region = split.weight[: min(last - first, split.cols) * width].view(-1, width)
+        weight_KH = operand(weight[cols], region, native)
+        lora = slice_lora(lora_hidden, lora_b, rows, cols)
+        logits_tile(out_RV[:, cols], hidden_RH, weight_KH, slice_bias(bias, cols), lora, logit_scale, softcap)
 
 
 def _kl_piece(z_RV: Tensor, r_RV: Tensor, softcap: float, kl_R: Tensor, g_RV: Tensor | None) -> None:

@@ -15,6 +15,7 @@ LoRA rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +27,7 @@ OFFSET = 40.0
 _LORA_BLOCK_ROWS = 1024
 
 
-@dataclass
-class Coefficients:
+class Coefficients(NamedTuple):
     """value [C] float64 and what the gradient products need per row, all for an upstream gradient of 1."""
 
     value_C: Tensor
@@ -101,18 +101,28 @@ class Problem:
         else:
             count, share = self.backend.kl_scratch_elements, 2
             wide = max(self.width, rank, self.ref_weight_VG.shape[1])
-        return count(num_rows, wide, self.vocab, is_cuda=is_cuda, max_elements=elements // share)
+        gradients = any(self.spec.needs)
+        return count(
+            num_rows, wide, self.vocab, is_cuda=is_cuda, max_elements=elements // share, gradients=gradients
+        )
 
     def scratch(self, num_rows: int) -> Tensor:
         return self.empty(self.scratch_elements(num_rows))
 
     def rows_that_fit(self) -> int:
         """Rows whose E fits the workspace beside the scratch; at least 1."""
-        scratch_bytes = self.scratch_elements(self.num_rows) * self.dtype.itemsize
-        return max(1, (self.spec.workspace_bytes - scratch_bytes) // (self.vocab * self.e_dtype.itemsize))
+        row_bytes = self._e_stride() * self.e_dtype.itemsize
+        at_most = max(1, min(self.num_rows, self.spec.workspace_bytes // row_bytes))
+        scratch_bytes = self.scratch_elements(at_most) * self.dtype.itemsize
+        return max(1, (self.spec.workspace_bytes - scratch_bytes) // row_bytes)
+
+    def _e_stride(self) -> int:
+        """Rows of E begin at multiples of 16 bytes on a GPU: its copy engine and matrix products ask for that."""
+        step = 16 // self.e_dtype.itemsize
+        return -(-self.vocab // step) * step if self.hidden_NH.is_cuda else self.vocab
 
     def new_e(self, num_rows: int) -> Tensor:
-        return self.empty(num_rows, self.vocab, dtype=self.e_dtype)
+        return self.empty(num_rows, self._e_stride(), dtype=self.e_dtype)[:, : self.vocab]
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -135,7 +145,9 @@ class Problem:
         offset_C = target_logit_C + OFFSET
         steps.exp_sums(*inputs, offset_C, sums_C, e_CV, scratch)
         steps.redo_rows(*inputs, offset_C, sums_C, e_CV, scratch)
-        return finish_rows(target_logit_C, offset_C, sums_C, spec)
+        rows_C = Coefficients(self.empty(stop - start, dtype=torch.float64), *(self.empty(stop - start) for _ in "ab"))
+        steps.finish_rows(target_logit_C, offset_C, sums_C, *inputs[-2:], *rows_C)
+        return rows_C
 
     def token_stats(self) -> Tensor:
         """float64 [4, N]: logprob, is_argmax, mean and variance of log p under p."""
@@ -229,33 +241,12 @@ class Problem:
             return grad
         if scale is None:
             return grad.to(dtype)
-        scale = scale.to(self.dtype)
-        if scale.ndim == 1:
-            scale = scale[:, None]
-        if grad.dtype == dtype == self.dtype:
-            return grad * scale
-        # Row blocks: a whole product in the accumulation dtype would double the memory of the largest gradient.
+        # Never a scalar: 16-bit rows times a scalar would round the scalar to 16 bits first.
+        scale = scale.to(self.dtype).reshape(-1, *[1] * (grad.ndim - 1))
         out = torch.empty_like(grad, dtype=dtype)
+        # Row blocks: where out has another dtype the CPU multiplies into a temporary.
         block = max(1, self.spec.workspace_bytes // (8 * max(1, grad[0].numel()) * self.dtype.itemsize))
         for start in range(0, grad.shape[0], block):
-            part = grad[start : start + block].to(self.dtype)
-            factor = scale if scale.ndim == 0 else scale[start : start + block]
-            out[start : start + block].copy_(part * factor)
+            factor = scale if scale.shape[0] == 1 else scale[start : start + block]
+            torch.mul(grad[start : start + block], factor, out=out[start : start + block])
         return out
-
-
-def finish_rows(target_logit_C: Tensor, offset_C: Tensor, sums_C: Tensor, spec: Spec) -> Coefficients:
-    """Log-probability and gradient coefficients of each row from z_y, m and S; float64, because it is N numbers only.
-
-    d is taken as m - z_y and not as 40: adding 40 to z_y rounds, and the rounded m is what E was computed with.
-    """
-    d_C = offset_C.double() - target_logit_C.double()
-    sums_C = sums_C.double()
-    e_y_C = torch.exp(-d_C)
-    total_C = sums_C + e_y_C
-    logprob_C = torch.where(sums_C < e_y_C, -torch.log1p(sums_C / e_y_C), -d_C - torch.log(total_C))
-    target_coeff_C = -torch.expm1(logprob_C) * spec.logit_scale
-    if spec.softcap:
-        target_coeff_C = target_coeff_C * (1.0 - (target_logit_C.double() / spec.softcap).square())
-    dtype = target_logit_C.dtype
-    return Coefficients(logprob_C, target_coeff_C.to(dtype), (spec.logit_scale / total_C).to(dtype))

@@ -49,7 +49,9 @@ def _tile_elements(rows: int, cols: int, width: int, planes: int) -> int:
     return rows * width + cols * width + planes * rows * cols
 
 
-def scratch_elements(num_rows: int, width: int, vocab: int, *, is_cuda: bool, max_elements: int) -> int:
+def scratch_elements(
+    num_rows: int, width: int, vocab: int, *, is_cuda: bool, max_elements: int, gradients: bool
+) -> int:
     """How long a scratch the steps want for chunks of num_rows rows: full tiles, less when max_elements is smaller."""
     max_rows, max_vocab = GPU_TILE if is_cuda else CPU_TILE
     rows, cols = min(max_rows, num_rows), min(max_vocab, vocab)
@@ -57,7 +59,9 @@ def scratch_elements(num_rows: int, width: int, vocab: int, *, is_cuda: bool, ma
     return max(smallest, min(_tile_elements(rows, cols, width, 2), max_elements))
 
 
-def kl_scratch_elements(num_rows: int, width: int, vocab: int, *, is_cuda: bool, max_elements: int) -> int:
+def kl_scratch_elements(
+    num_rows: int, width: int, vocab: int, *, is_cuda: bool, max_elements: int, gradients: bool
+) -> int:
     """As scratch_elements, for kl_rows: whole rows of both models' logits."""
     rows = min((GPU_TILE if is_cuda else CPU_TILE)[0], num_rows)
     cols = min(CPU_TILE[1], vocab)
@@ -67,16 +71,25 @@ def kl_scratch_elements(num_rows: int, width: int, vocab: int, *, is_cuda: bool,
 
 @contextlib.contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """No autocast and no TF32 / bf16 stand-ins for float32 products, whatever the caller has switched on."""
+    """No autocast, no TF32 / bf16 stand-ins for float32 products and no 16-bit partial sums in split products, whatever
+    the caller has switched on."""
     precision = torch.get_float32_matmul_precision()
+    settings, reduced = torch.backends.cuda.matmul, []
     if precision != "highest":
         torch.set_float32_matmul_precision("highest")
+    if device.type == "cuda":
+        names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+        reduced = [name for name in names if getattr(settings, name)]
+    for name in reduced:
+        setattr(settings, name, False)
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
         if precision != "highest":
             torch.set_float32_matmul_precision(precision)
+        for name in reduced:
+            setattr(settings, name, True)
 
 
 def blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
@@ -121,6 +134,19 @@ def mm(out: Tensor, x: Tensor, y: Tensor, *, accumulate: bool, alpha: float = 1.
         torch.mm(x, y, out_dtype=out.dtype, out=out)
         if alpha != 1.0:
             out.mul_(alpha)
+
+
+def product_rows(acc_RD: Tensor, e_RV: Tensor, matrix_VD: Tensor, regions: Scratch | None) -> None:
+    """acc = E matrix with acc's precision; regions hold widened tiles, where the device multiplies nothing else."""
+    native = native_product_dtype(e_RV, matrix_VD)
+    if e_RV.dtype == matrix_VD.dtype and (e_RV.dtype == acc_RD.dtype or native is not None):
+        mm(acc_RD, e_RV, matrix_VD, accumulate=False)
+        return
+    assert regions is not None
+    for first, last in blocks(matrix_VD.shape[0], regions.cols):
+        e_RK = operand(e_RV[:, first:last], regions.tile(e_RV.shape[0], last - first), native)
+        matrix_KD = operand(matrix_VD[first:last], regions.vocab_region(last - first, matrix_VD.shape[1]), native)
+        mm(acc_RD, e_RK, matrix_KD, accumulate=first > 0)
 
 
 def logits_tile(

@@ -9,11 +9,36 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 SMALL = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 2e-3}
+# Set by the `backend` fixture: which backend serves the test at hand, and where its tensors lie.
+_backend = "torch"
+_device = torch.device("cpu")
+# For tests about the torch backend's own tiles; test_triton.py has their like.
+TORCH_ONLY = pytest.mark.parametrize("backend", ["torch"], indirect=True)
 DIFFERENTIABLE = ("hidden", "weight", "bias", "lora_a", "lora_b")
+
+
+def device() -> torch.device:
+    return _device
+
+
+def widest() -> torch.dtype:
+    """The most precise dtype the backend at hand serves; SMALL[widest()] is its bound."""
+    return torch.float32 if _backend == "triton" else torch.float64
+
+
+def interpreted() -> bool:
+    return _backend == "triton" and _device.type == "cpu"
+
+
+def too_slow_interpreted(condition: bool, covered: str) -> None:
+    """Skips what would take Triton's interpreter too long; covered: what is run in its place."""
+    if condition and interpreted():
+        pytest.skip(f"too slow under Triton's interpreter; {covered}")
 
 
 @dataclass
@@ -89,6 +114,9 @@ def make_case(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
+    def leaf(value: Tensor, to: torch.dtype) -> Tensor:
+        return value.to(device(), to).requires_grad_()
+
     weight = normal(vocab, width) / width**0.5
     hidden = normal(num_rows, width) * logit_std
     targets = torch.randint(0, vocab, (num_rows,), generator=generator)
@@ -100,17 +128,17 @@ def make_case(
     lengths = torch.tensor([0, *lengths_of(num_rows, generator)])
     head_dtype = weight_dtype or dtype
     case = Case(
-        hidden.to(dtype).requires_grad_(),
-        weight.to(head_dtype).requires_grad_(),
-        targets,
-        lengths.cumsum(0),
-        upstream,
+        leaf(hidden, dtype),
+        leaf(weight, head_dtype),
+        targets.to(device()),
+        lengths.cumsum(0).to(device()),
+        upstream.to(device()),
     )
     if "bias" in parts:
-        case.bias = normal(vocab).to(head_dtype).requires_grad_()
+        case.bias = leaf(normal(vocab), head_dtype)
     if "lora" in parts:
-        case.lora_a = (normal(3, width) / width**0.5).to(head_dtype).requires_grad_()
-        case.lora_b = (0.5 * normal(vocab, 3)).to(head_dtype).requires_grad_()
+        case.lora_a = leaf(normal(3, width) / width**0.5, head_dtype)
+        case.lora_b = leaf(0.5 * normal(vocab, 3), head_dtype)
         case.lora_scale = 0.5
     if "scale" in parts:
         case.scalars["logit_scale"] = 0.7
@@ -120,8 +148,8 @@ def make_case(
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
-    scale = float(truth.double().norm())
-    return float((value.detach().double() - truth.double()).norm()) / (scale if scale > 0 else 1.0)
+    scale = float(truth.detach().double().norm())
+    return float((value.detach().double() - truth.detach().double()).norm()) / (scale if scale > 0 else 1.0)
 
 
 def assert_as_good_as_torch(name: str, value: Tensor, torch_value: Tensor, truth: Tensor, small: float) -> None:

@@ -40,23 +40,23 @@ MUTANTS = (
     ),
     Mutant(
         "1 - exp instead of expm1",
-        "problem.py",
-        "-torch.expm1(logprob_C) * spec.logit_scale",
-        "(1.0 - torch.exp(logprob_C)) * spec.logit_scale",
+        "chunked.py",
+        "-torch.expm1(logprob_C) * logit_scale",
+        "(1.0 - torch.exp(logprob_C)) * logit_scale",
         (f"{GRADIENTS}::test_both_ends_of_the_range",),
     ),
     Mutant(
         "log instead of log1p where the target dominates",
-        "problem.py",
+        "chunked.py",
         "torch.where(sums_C < e_y_C, -torch.log1p(sums_C / e_y_C), -d_C - torch.log(total_C))",
         "-d_C - torch.log(total_C)",
         (f"{LOGPROBS}::test_memorised_targets_keep_relative_accuracy",),
     ),
     Mutant(
         "d is 40 and not m - z_y",
-        "problem.py",
+        "chunked.py",
         "d_C = offset_C.double() - target_logit_C.double()",
-        "d_C = torch.full_like(offset_C, OFFSET).double()",
+        "d_C = torch.full_like(offset_C, 40.0).double()",
         (f"{LOGPROBS}::test_hopeless_targets",),
     ),
     Mutant(
@@ -68,16 +68,16 @@ MUTANTS = (
     ),
     Mutant(
         "target term without the softcap's slope",
-        "problem.py",
-        "target_coeff_C * (1.0 - (target_logit_C.double() / spec.softcap).square())",
-        "target_coeff_C",
+        "chunked.py",
+        "1.0 - (target_logit_C.double() / softcap).square() if softcap else 1.0",
+        "1.0",
         (f"{GRADIENTS}::test_every_part_of_the_head",),
     ),
     Mutant(
         "E term without the logit scale",
-        "problem.py",
-        "(spec.logit_scale / total_C).to(dtype)",
-        "(1.0 / total_C).to(dtype)",
+        "chunked.py",
+        "e_coeff_C.copy_(logit_scale / total_C)",
+        "e_coeff_C.copy_(1.0 / total_C)",
         (f"{GRADIENTS}::test_every_part_of_the_head",),
     ),
     Mutant(
@@ -132,8 +132,8 @@ MUTANTS = (
     Mutant(
         "backward scales the saved gradient in place",
         "problem.py",
-        "copy_(part * factor)",
-        "copy_(part.mul_(factor))",
+        "torch.mul(grad[start : start + block], factor, out=out[start : start + block])",
+        "torch.mul(grad[start : start + block].mul_(factor), 1.0, out=out[start : start + block])",
         (f"{LOSS}::test_a_retained_graph_gives_the_same_gradients_twice",),
     ),
     Mutant(

@@ -4,10 +4,21 @@ import pytest
 import torch
 
 import unlearn_kernels as uk
-from tests.kernels.cases import WORKSPACES, check_gradients, make_case, relative_error
+from tests.kernels.cases import (
+    SMALL,
+    TORCH_ONLY,
+    WORKSPACES,
+    check_gradients,
+    device,
+    make_case,
+    relative_error,
+    too_slow_interpreted,
+    widest,
+)
 from tests.kernels.test_logprobs import rows_with_lead
 from unlearn_kernels import reference
 
+pytestmark = pytest.mark.usefixtures("backend")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ALL_PARTS = ("bias", "scale", "softcap", "lora")
 
@@ -27,10 +38,11 @@ def weighted_reference(case):
 @pytest.mark.parametrize("workspace", WORKSPACES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_trained_head(dtype, workspace):
-    case = make_case(61, 24, 257, dtype)
+    case = make_case(37, 24, 257, dtype)
     check_gradients(case, weighted(WORKSPACES[workspace](case)), weighted_reference)
 
 
+@TORCH_ONLY
 @pytest.mark.parametrize("num_rows", [511, 512, 513])
 @pytest.mark.parametrize("vocab", [1023, 1024, 1025])
 def test_around_the_tile(num_rows, vocab):
@@ -41,8 +53,9 @@ def test_around_the_tile(num_rows, vocab):
 
 @pytest.mark.parametrize("workspace", WORKSPACES)
 @pytest.mark.parametrize("parts", [("bias",), ("scale",), ("softcap",), ("lora",), ALL_PARTS])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_every_part_of_the_head(dtype, parts, workspace):
+    too_slow_interpreted(workspace != "keep" and parts != ALL_PARTS, "chunks of all parts together")
     case = make_case(dtype=dtype, parts=parts)
     check_gradients(case, weighted(WORKSPACES[workspace](case)), weighted_reference)
 
@@ -50,7 +63,8 @@ def test_every_part_of_the_head(dtype, parts, workspace):
 @pytest.mark.parametrize("workspace", WORKSPACES)
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias", "lora_a", "lora_b", "all but hidden", "all but lora"])
 def test_each_input_frozen_in_turn(frozen, workspace):
-    case = make_case(dtype=torch.float64, parts=ALL_PARTS)
+    too_slow_interpreted(workspace == "keep", "chunks, which also accumulate")
+    case = make_case(20, dtype=widest(), parts=ALL_PARTS)
     names = {
         "all but hidden": ("weight", "bias", "lora_a", "lora_b"),
         "all but lora": ("hidden", "weight", "bias"),
@@ -61,7 +75,7 @@ def test_each_input_frozen_in_turn(frozen, workspace):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("workspace", WORKSPACES)
 def test_frozen_weight(dtype, workspace):
-    case = make_case(61, 24, 257, dtype)
+    case = make_case(37, 24, 257, dtype)
     check_gradients(case, weighted(WORKSPACES[workspace](case)), weighted_reference, frozen=("weight",))
 
 
@@ -82,7 +96,7 @@ def test_float32_weight_beside_16_bit_hidden(hidden_dtype, workspace):
 def test_sequences_under_any_upstream(workspace):
     case = make_case(50, 24, 257, torch.float32, parts=("bias",))
     generator = torch.Generator().manual_seed(3)
-    upstream = torch.randn(len(case.cu_seqlens) - 1, generator=generator, dtype=torch.float64)
+    upstream = torch.randn(len(case.cu_seqlens) - 1, generator=generator, dtype=torch.float64).to(device())
     upstream[1] = 0.0
     options = uk.Options(workspace_bytes=WORKSPACES[workspace](case))
     check_gradients(
@@ -95,7 +109,7 @@ def test_sequences_under_any_upstream(workspace):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("lead", [30, 24, -60, -101, -104, -128, -140])
 @pytest.mark.parametrize("workspace", [None, 4096])
-def test_both_ends_of_the_range(dtype, lead, workspace):
+def test_both_ends_of_the_range(dtype, lead, workspace, backend):
     """Memorised rows: 1 - exp(logprob) is 0 in float32 and the gradient is 1e-11, not 0. Hopeless rows: redone.
 
     Small hidden states and large weights make the logits, so that h / S is the first to leave float32's range.
@@ -112,9 +126,15 @@ def test_both_ends_of_the_range(dtype, lead, workspace):
         run(reference.token_logprobs, torch.float64),
     )
     bound = 1e-6 if dtype == torch.float32 else 1e-9
+    if backend == "triton":
+        # a GPU's exp is exp2(x log2 e): the product rounds by up to |x| 2**-24, and x reaches -87
+        bound += 87 * 2.0**-24
+    if backend == "triton":
+        # exp2 of a float32 argument: half an ulp of x log2(e) is |x| 2^-24 of the result, x = lead + 40 nats
+        bound = max(bound, (abs(lead) + 40) * 2.0**-24)
     if lead > 0:
         # float64 autograd itself loses 1 - p to cancellation; the off-target entries, which sum to minus it, are exact.
-        true[torch.arange(5), targets] -= true.sum(1)
+        true[torch.arange(5, device=device()), targets] -= true.sum(1)
     else:
         assert relative_error(mine_weight, true_weight) <= bound
     assert relative_error(mine, true) <= bound
@@ -123,7 +143,7 @@ def test_both_ends_of_the_range(dtype, lead, workspace):
 @pytest.mark.parametrize("workspace", WORKSPACES)
 @pytest.mark.parametrize("frozen", [(), ("weight",)])
 def test_a_retained_graph_gives_the_same_gradients_twice(workspace, frozen):
-    case = make_case(dtype=torch.bfloat16, parts=("lora",)).like(frozen=frozen)
+    case = make_case(20, dtype=torch.bfloat16, parts=("lora",)).like(frozen=frozen)
     options = uk.Options(workspace_bytes=WORKSPACES[workspace](case))
     values = uk.token_logprobs(*case.inputs, **case.head, options=options)
     leaves = list(case.leaves().values())
@@ -137,6 +157,7 @@ def test_a_retained_graph_gives_the_same_gradients_twice(workspace, frozen):
         torch.testing.assert_close(twice, 2 * grad, rtol=0.01, atol=1e-30)
 
 
+@TORCH_ONLY
 @pytest.mark.parametrize("workspace", WORKSPACES)
 def test_double_backward_is_refused(workspace):
     case = make_case()
@@ -147,6 +168,7 @@ def test_double_backward_is_refused(workspace):
         torch.autograd.grad(grad.square().sum(), case.weight)
 
 
+@TORCH_ONLY
 def test_create_graph_alone_is_no_error():
     case = make_case()
     values = uk.token_logprobs(*case.inputs)
@@ -156,8 +178,8 @@ def test_create_graph_alone_is_no_error():
 
 @pytest.mark.parametrize("workspace", WORKSPACES)
 def test_non_contiguous_hidden_and_weight(workspace):
-    case = make_case(40, 24, 257, torch.float64)
-    wide = torch.randn(2, 21, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    case = make_case(40, 24, 257, widest())
+    wide = torch.randn(2, 21, 24, generator=torch.Generator().manual_seed(5)).to(device(), widest())
     columns = case.weight.detach().T.contiguous().requires_grad_()
 
     def run(function, **options):
@@ -173,13 +195,13 @@ def test_non_contiguous_hidden_and_weight(workspace):
         run(reference.token_logprobs),
         strict=True,
     ):
-        assert relative_error(mine, truth) <= 1e-12
+        assert relative_error(mine, truth) <= SMALL[widest()]
 
 
 @pytest.mark.parametrize("workspace", WORKSPACES)
 def test_tied_embeddings(workspace):
-    case = make_case(40, 24, 257, torch.float64)
-    tokens = torch.randint(0, 257, (40,), generator=torch.Generator().manual_seed(7))
+    case = make_case(40, 24, 257, widest())
+    tokens = torch.randint(0, 257, (40,), generator=torch.Generator().manual_seed(7)).to(device())
 
     def run(function, **options):
         weight = case.weight.detach().clone().requires_grad_()
@@ -187,16 +209,17 @@ def test_tied_embeddings(workspace):
         return torch.autograd.grad(value, weight)[0]
 
     options = uk.Options(workspace_bytes=WORKSPACES[workspace](case))
-    assert relative_error(run(uk.token_logprobs, options=options), run(reference.token_logprobs)) <= 1e-12
+    assert relative_error(run(uk.token_logprobs, options=options), run(reference.token_logprobs)) <= SMALL[widest()]
 
 
-@pytest.mark.parametrize("workspace", [None, 20_000, 1200])
+@pytest.mark.parametrize("workspace", [None, 10_000, 1200])
 def test_a_label_in_most_rows_loses_nothing_in_bf16(workspace):
-    """700 equal updates: a bf16 accumulator stops growing at 256 of them. The bound is one rounding to bf16, not
+    """330 equal updates: a bf16 accumulator stops growing at 256 of them. The bound is one rounding to bf16, not
     torch's error."""
-    case = make_case(800, 8, 50, torch.bfloat16, lead=0.0, logit_std=1.0)
-    case.targets[:700] = 13
-    case.upstream = torch.ones(800, dtype=torch.float64)
+    too_slow_interpreted(workspace == 1200, "chunks of a hundred rows")
+    case = make_case(400, 8, 50, torch.bfloat16, lead=0.0, logit_std=1.0)
+    case.targets[:330] = 13
+    case.upstream = torch.ones(400, dtype=torch.float64, device=device())
     with torch.no_grad():
         case.hidden[:] = 1.0 + 0.01 * case.hidden
     truth = case.like(torch.float64)
@@ -208,7 +231,7 @@ def test_a_label_in_most_rows_loses_nothing_in_bf16(workspace):
 
 @pytest.mark.parametrize("workspace", WORKSPACES)
 def test_same_bits_twice(workspace):
-    case = make_case(300, 16, 700, torch.bfloat16, parts=ALL_PARTS)
+    case = make_case(60, 16, 700, torch.bfloat16, parts=ALL_PARTS)
     case.targets[::3] = 5
     results = []
     for _ in range(2):
@@ -222,7 +245,7 @@ def test_same_bits_twice(workspace):
 def test_backward_on_another_thread():
     import threading
 
-    case = make_case(dtype=torch.float64)
+    case = make_case(dtype=widest())
     here, there = case.like(), case.like()
     weighted()(here).backward()
     value = weighted()(there)

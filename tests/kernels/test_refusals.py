@@ -54,7 +54,7 @@ TOKENS = [
     (
         (HIDDEN, WEIGHT, TARGETS),
         {"options": uk.Options(backend="nonesuch")},
-        "options.backend is 'nonesuch'; accepted: torch",
+        "options.backend is 'nonesuch'; accepted: 'torch', 'triton' or None",
     ),
 ]
 
@@ -149,7 +149,7 @@ def launched(monkeypatch):
 
 def test_launched_does_record(launched):
     uk.token_logprobs(HIDDEN, WEIGHT, TARGETS)
-    assert launched == ["target_logits", "exp_sums", "redo_rows"]
+    assert launched == ["target_logits", "exp_sums", "redo_rows", "finish_rows"]
 
 
 # -- the native library

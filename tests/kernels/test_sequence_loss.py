@@ -7,16 +7,27 @@ import pytest
 import torch
 
 import unlearn_kernels as uk
-from tests.kernels.cases import WORKSPACES, check_gradients, make_case, relative_error
+from tests.kernels.cases import (
+    SMALL,
+    TORCH_ONLY,
+    WORKSPACES,
+    check_gradients,
+    device,
+    make_case,
+    relative_error,
+    too_slow_interpreted,
+    widest,
+)
 from unlearn_kernels import reference
 
+pytestmark = pytest.mark.usefixtures("backend")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ALL_PARTS = ("bias", "scale", "softcap", "lora")
 
 
 def curved(logprobs, lengths, index):
     """Different slope for every sequence, both signs, exactly zero for the second."""
-    weight = torch.tensor([1.0, 0.0, -0.5, 2.0])[index % 4].double()
+    weight = torch.tensor([1.0, 0.0, -0.5, 2.0], dtype=torch.float64, device=index.device)[index % 4]
     return weight * (logprobs / lengths).square() + weight * logprobs
 
 
@@ -36,17 +47,20 @@ def reference_of(objective):
 @pytest.mark.parametrize("frozen", [(), ("weight",), ("hidden",)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients(dtype, frozen, workspace):
-    case = make_case(61, 24, 257, dtype)
+    too_slow_interpreted(bool(frozen) and dtype != torch.float32, "each side frozen in float32")
+    case = make_case(37, 24, 257, dtype)
     check_gradients(case, loss_of(curved, WORKSPACES[workspace](case)), reference_of(curved), frozen=frozen)
 
 
 @pytest.mark.parametrize("workspace", WORKSPACES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_every_part_of_the_head(dtype, workspace):
-    case = make_case(61, 24, 257, dtype, parts=ALL_PARTS)
+    too_slow_interpreted(workspace == "keep", "chunks, which also accumulate")
+    case = make_case(37, 24, 257, dtype, parts=ALL_PARTS)
     check_gradients(case, loss_of(curved, WORKSPACES[workspace](case)), reference_of(curved))
 
 
+@TORCH_ONLY
 @pytest.mark.parametrize("share", [2, 3, 5, 9])
 def test_every_chunking_gives_the_same_sequences(share):
     case = make_case(90, 12, 200, torch.float64)
@@ -73,7 +87,7 @@ class Recorder:
 @pytest.mark.parametrize("workspace", WORKSPACES)
 def test_the_objective_sees_whole_groups_in_order_once(workspace):
     case = make_case(61, 24, 257)
-    case.cu_seqlens = torch.tensor([0, 4, 9, 10, 30, 31, 40, 60, 61])
+    case.cu_seqlens = torch.tensor([0, 4, 9, 10, 30, 31, 40, 60, 61], device=device())
     groups, recorder = [2, 1, 3, 2], Recorder()
     uk.sequence_loss(
         *case.packed, recorder, groups=groups, options=uk.Options(workspace_bytes=WORKSPACES[workspace](case))
@@ -103,12 +117,13 @@ def pairs(logprobs, lengths, index):
 
 @pytest.mark.parametrize("workspace", WORKSPACES)
 def test_pairs(workspace):
-    case = make_case(60, 16, 257, torch.float64)
-    case.cu_seqlens = torch.tensor([0, 5, 11, 20, 29, 41, 60])
+    case = make_case(60, 16, 257, widest())
+    case.cu_seqlens = torch.tensor([0, 5, 11, 20, 29, 41, 60], device=device())
     kernel = loss_of(pairs, WORKSPACES[workspace](case), groups=[2, 2, 2])
     check_gradients(case, kernel, reference_of(pairs))
 
 
+@TORCH_ONLY
 def test_groups_may_be_a_tensor():
     case = make_case(60, 16, 257, torch.float64)
     case.cu_seqlens = torch.tensor([0, 5, 11, 20, 60])
@@ -118,7 +133,7 @@ def test_groups_may_be_a_tensor():
 @pytest.mark.parametrize("workspace", WORKSPACES)
 @pytest.mark.parametrize("frozen", [(), ("weight",)])
 def test_a_retained_graph_gives_the_same_gradients_twice(workspace, frozen):
-    case = make_case(dtype=torch.bfloat16, parts=("lora",)).like(frozen=frozen)
+    case = make_case(20, dtype=torch.bfloat16, parts=("lora",)).like(frozen=frozen)
     loss = loss_of(curved, WORKSPACES[workspace](case))(case)
     leaves = list(case.leaves().values())
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
@@ -131,11 +146,12 @@ def test_a_retained_graph_gives_the_same_gradients_twice(workspace, frozen):
 
 @pytest.mark.parametrize("workspace", WORKSPACES)
 def test_the_upstream_scale_reaches_every_gradient(workspace):
-    case = make_case(dtype=torch.float64, parts=ALL_PARTS)
+    case = make_case(20, dtype=widest(), parts=ALL_PARTS)
     kernel = loss_of(curved, WORKSPACES[workspace](case))
     check_gradients(case, lambda case: -2.5 * kernel(case), lambda case: -2.5 * reference_of(curved)(case))
 
 
+@TORCH_ONLY
 @pytest.mark.parametrize("workspace", WORKSPACES)
 def test_double_backward_is_refused(workspace):
     case = make_case()
@@ -148,7 +164,7 @@ def test_double_backward_is_refused(workspace):
 @pytest.mark.parametrize("workspace", WORKSPACES)
 def test_float16_gradients_survive_a_loss_scale(workspace):
     """Gradients near 1e-9 are zero in float16; scaled by 65536 they are not."""
-    case = make_case(61, 24, 257, torch.float16)
+    case = make_case(37, 24, 257, torch.float16)
     tiny = lambda logprobs, lengths, index: 1e-7 * logprobs  # noqa: E731
     kernel = loss_of(tiny, WORKSPACES[workspace](case))
     (mine,) = torch.autograd.grad(kernel(case) * 65536.0, case.hidden)
@@ -170,7 +186,7 @@ def test_constants_have_zero_gradients(workspace):
 
 def test_tensors_the_objective_captures_get_no_gradient():
     case = make_case()
-    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    scale = torch.ones((), dtype=torch.float64, device=device(), requires_grad=True)
     result = uk.sequence_loss(*case.packed, lambda logprobs, lengths, index: scale * logprobs)
     result.loss.backward()
     assert scale.grad is None and case.hidden.grad is not None
@@ -186,14 +202,15 @@ EXPONENTS = torch.tensor([3, 0, 4, 2, 1])
 
 def graded(logprobs, lengths, index):
     """|slope| x length is 10^-exponent: the shares of the largest, in an order that is not the batch's."""
-    return logprobs / lengths * 10.0 ** -EXPONENTS[index].double()
+    return logprobs / lengths * 10.0 ** -EXPONENTS.to(index.device)[index].double()
 
 
 @pytest.mark.parametrize("workspace", WORKSPACES)
 @pytest.mark.parametrize(("skip_below", "num_active"), [(0.0, 5), (1e-9, 5), (8e-3, 3), (0.5, 1)])
 def test_skipping_leaves_out_exactly_the_small_ones(workspace, skip_below, num_active):
-    case = make_case(60, 16, 257, torch.float64, parts=("bias", "lora"))
-    case.cu_seqlens = torch.tensor([0, 5, 11, 20, 41, 60])
+    case = make_case(60, 16, 257, widest(), parts=("bias", "lora"))
+    case.cu_seqlens = torch.tensor([0, 5, 11, 20, 41, 60], device=device())
+    bound = 10 * SMALL[widest()]
     options = uk.Options(workspace_bytes=WORKSPACES[workspace](case), skip_below=skip_below)
     result = uk.sequence_loss(*case.packed, graded, **case.head, options=options)
     assert result.active.tolist() == (num_active > EXPONENTS).tolist()
@@ -203,8 +220,8 @@ def test_skipping_leaves_out_exactly_the_small_ones(workspace, skip_below, num_a
     only_active = lambda logprobs, lengths, index: graded(logprobs, lengths, index) * kept  # noqa: E731
     true = torch.autograd.grad(reference_of(only_active)(truth), list(truth.leaves().values()))
     for name, grad, expected in zip(case.leaves(), mine, true, strict=True):
-        assert relative_error(grad, expected) <= 1e-11, name
-    torch.testing.assert_close(result.loss, reference_of(graded)(case), rtol=1e-11, atol=0)
+        assert relative_error(grad, expected) <= bound, name
+    torch.testing.assert_close(result.loss, reference_of(graded)(truth), rtol=bound, atol=0)
 
 
 def test_a_sequence_without_weight_is_inactive():
@@ -216,6 +233,7 @@ def test_a_sequence_without_weight_is_inactive():
 # -----------------------------------------------------------------------------------------------------------
 
 
+@TORCH_ONLY
 def test_npo_tends_to_gradient_ascent_as_beta_falls():
     case = make_case(60, 16, 257, torch.float64)
     num_sequences = len(case.cu_seqlens) - 1
@@ -225,6 +243,7 @@ def test_npo_tends_to_gradient_ascent_as_beta_falls():
     assert relative_error(npo, ascent) <= 1e-5
 
 
+@TORCH_ONLY
 def test_npo_where_policy_and_reference_agree():
     """-(2/beta) log sigmoid(0) = (2 / beta) log 2, and the weight of every sequence is 1 / B."""
     case = make_case(60, 16, 257, torch.float64)
@@ -236,6 +255,7 @@ def test_npo_where_policy_and_reference_agree():
     assert relative_error(case.hidden.grad, ascent) <= 1e-12
 
 
+@TORCH_ONLY
 def test_npo_saturates_where_the_policy_has_forgotten():
     case = make_case(60, 16, 257, torch.float64)
     far = uk.sequence_logprobs(*case.packed).detach() + 4000.0
@@ -244,6 +264,7 @@ def test_npo_saturates_where_the_policy_has_forgotten():
     assert 0.0 <= float(loss.detach()) < 1e-100 and float(grad.abs().max()) < 1e-100
 
 
+@TORCH_ONLY
 def test_npo_is_linear_where_the_policy_remembers():
     case = make_case(60, 16, 257, torch.float64)
     logprobs = uk.sequence_logprobs(*case.packed).detach()
@@ -251,6 +272,7 @@ def test_npo_is_linear_where_the_policy_remembers():
     assert math.isclose(float(loss.detach()), 2 * 5000.0, rel_tol=1e-12)
 
 
+@TORCH_ONLY
 def test_simnpo_is_npo_of_the_mean_with_a_margin():
     """One sequence: SimNPO(beta, gamma) is NPO with beta/length against a reference of -gamma length / beta, over
     length."""
@@ -269,9 +291,10 @@ def test_built_in_losses_are_sequence_losses(dtype, workspace):
     """Against the same objectives on the reference's log-likelihoods."""
     from unlearn_kernels import objectives
 
-    case = make_case(61, 24, 257, dtype)
+    too_slow_interpreted(dtype != torch.bfloat16, "bf16")
+    case = make_case(37, 24, 257, dtype)
     num_sequences = len(case.cu_seqlens) - 1
-    ref = torch.linspace(-30, 0, num_sequences, dtype=torch.float64)
+    ref = torch.linspace(-30, 0, num_sequences, dtype=torch.float64, device=device())
     options = uk.Options(workspace_bytes=WORKSPACES[workspace](case))
     check_gradients(
         case,
