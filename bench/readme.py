@@ -86,6 +86,56 @@ def kernels_table() -> str:
     return _markdown(lines) + _source("kernels", rows)
 
 
+def gpu_kernels_table() -> str:
+    return _gpu_table("gpu_kernels", ("forward", "full", "frozen"))
+
+
+def gpu_peers_table() -> str:
+    return _gpu_table("gpu_peers", ("forward", "full", "frozen", "mean_ce"))
+
+
+def _gpu_table(name: str, kinds: tuple[str, ...]) -> str:
+    """Units of the bf16 product, a line per shape and provider; what was refused or failed says so."""
+    rows = [row for row in read(name) if "shape" in row and not row["tiny"]]
+    if not rows:
+        return f"Not measured yet: `bench/gpu.sh` makes `bench/results/{name}.jsonl` on a machine with a GPU."
+    titles = {"forward": "forward", "full": "NPO full", "frozen": "NPO frozen head", "mean_ce": "mean CE"}
+    head = ["N x H x V", "unit [ms]", "provider", *(titles[kind] for kind in kinds), "log-prob error", "peak MiB, full"]
+    lines = [head, ["---", "---:", "---", *["---:"] * (len(head) - 3)]]
+    found = {(str(row["shape"]), row["provider"], row["case"]): row for row in rows if row["case"] in kinds}
+    for key, provider in dict.fromkeys((key, provider) for key, provider, _ in found):
+        same = {kind: found[key, provider, kind] for kind in kinds if (key, provider, kind) in found}
+        first = next(iter(same.values()))
+        unit = next(row["unit_ms"] for row in rows if row["case"] == "unit" and row["shape"] == first["shape"])
+        units = [_gpu_units(same.get(kind)) for kind in kinds]
+        error, peak = same.get("forward", {}).get("logprob_rms"), same.get("full", {}).get("peak_mib")
+        lines.append(
+            [
+                " x ".join(str(first["shape"][letter]) for letter in "NHV"),
+                f"{unit:.2f}",
+                provider,
+                *units,
+                "" if error is None else f"{error:.1e}",
+                "" if peak is None else f"{peak:.0f}",
+            ]
+        )
+    return _markdown(lines) + _gpu_source(name, rows[-1])
+
+
+def _gpu_units(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    return "refused" if "refused" in row else "failed" if "failed" in row else f"{row['units']:.2f}"
+
+
+def _gpu_source(name: str, row: dict[str, Any]) -> str:
+    return (
+        f"\n\nRows: `bench/results/{name}.jsonl`, from `bench/gpu.sh` at {row['commit'] or row['source']}"
+        f"{' with uncommitted changes' if row['dirty'] else ''}; {row['device']}, torch {row['torch']}, "
+        f"triton {row['triton']}, transformers {row['transformers']}."
+    )
+
+
 def _markdown(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -99,7 +149,30 @@ def _source(case: str, rows: list[dict[str, Any]]) -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo_table, "tofu": tofu_table, "kernels": kernels_table}
+def gpu_train_table() -> str:
+    """A whole step, this project's way and with padded rows, full logits and a resident reference model."""
+    rows = [row for row in read("gpu_train") if row["case"] == "train_step" and not row["tiny"]]
+    if not rows:
+        return "Not measured yet: `bench/gpu.sh` makes `bench/results/gpu_train.jsonl` on a machine with a GPU."
+    lines = [["labelled", "step", "ms", "tokens/s", "peak MiB", "MiB of models", "loss differs by"],
+             ["---:", "---", *["---:"] * 5]]  # fmt: skip
+    for row in rows:
+        cells = ["refused" if "refused" in row else "failed", "", ""]
+        if "ms" in row:
+            cells = [f"{row['ms']:.1f}", f"{row['tokens_per_second']:.0f}", f"{row['peak_mib']:.0f}"]
+        agreement = f"{row['loss_relative']:.1e}" if "loss_relative" in row else ""
+        lines.append([f"{row['labelled']:.0%}", row["provider"], *cells, f"{row['resident_mib']:.0f}", agreement])
+    return _markdown(lines) + _gpu_source("gpu_train", rows[-1])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo_table,
+    "tofu": tofu_table,
+    "kernels": kernels_table,
+    "gpu-kernels": gpu_kernels_table,
+    "gpu-peers": gpu_peers_table,
+    "gpu-train": gpu_train_table,
+}
 
 
 def render(text: str) -> str:
