@@ -20,6 +20,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# triton 3.6 beside the newest: the kernels are compiled with both (tests/kernels/test_triton_compile.py); Linux only
 # torch first: the native library is compiled against the torch that will load it
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/native/*)
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=...')"
@@ -27,6 +28,8 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/n
 	$(PIP) torch
 	$(PIP) scikit-build-core cmake ninja
 	$(PIP) --no-build-isolation --editable ".[dev]"
+	-$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --upgrade \
+		--target $(VENV)/triton-3.6 triton==3.6.0
 	touch $@
 
 clean:

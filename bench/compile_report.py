@@ -103,16 +103,15 @@ def shipped(target: str, case: Case) -> list[Config]:
     return [plan for plan in plans if isinstance(plan, Config)]
 
 
-def cases(target: str, quick: bool) -> Iterator[Case]:
-    """The first case launches every kernel of the log-likelihood but exp_tile_kernel."""
+def cases(quick: bool) -> Iterator[Case]:
     everything = ("values", "loss", "stats", "kl")
     yield Case("plain", calls=everything)
     yield Case("library", plan=triton_tuning.LIBRARY)
     yield Case("LoRA", parts=("lora",), calls=("loss", "stats"))
     yield Case("float32", FP32, FP32)
-    yield Case("softcap", parts=("cap",), calls=("loss",))
     if quick:
         return
+    yield Case("softcap", parts=("cap",))
     yield Case("bias scale softcap", parts=("bias", "scale", "cap"), calls=everything)
     yield Case("bias scale softcap library", parts=("bias", "scale", "cap"), plan=triton_tuning.LIBRARY)
     yield Case("LoRA, all parts", parts=("lora", "bias", "scale", "cap"), calls=everything)
@@ -125,23 +124,23 @@ def cases(target: str, quick: bool) -> Iterator[Case]:
 
 
 def launches(target: str, quick: bool) -> Iterator[tuple[str, str, Launch]]:
-    """(configuration, variant, launch), each binary once."""
+    """(configuration, variant, launch): each binary once; quick: each kernel and configuration once."""
     seen: set[str] = set()
 
-    def fresh(record: Recording, only: str = "") -> Iterator[Launch]:
-        for launch in record.distinct():
-            key = launch.key()
+    def fresh(case: Case, only: str = "") -> Iterator[tuple[str, str, Launch]]:
+        for launch in run_case(case, target).distinct():
+            name = configuration(launch)
+            key = f"{launch.name} {name if 'TILES' in launch.arguments else ''}" if quick else launch.key()
             if only in launch.name and key not in seen:
                 seen.add(key)
-                yield launch
+                yield name, case.name, launch
 
-    for case in cases(target, quick):
-        for launch in fresh(run_case(case, target)):
-            yield configuration(launch), case.name, launch
-    for asked in (Case("plain"), Case("float32", FP32, FP32), Case("LoRA", parts=("lora",))):
-        for config in shipped(target, asked):
-            for launch in fresh(run_case(replace(asked, plan=config), target), "exp_sums"):
-                yield configuration(launch), asked.name, launch
+    for case in cases(quick):
+        yield from fresh(case)
+    heads = [Case("plain"), Case("float32", FP32, FP32), Case("LoRA", parts=("lora",))]
+    for head in heads if quick else [*heads, Case("softcap", parts=("cap",))]:
+        for config in shipped(target, head):
+            yield from fresh(replace(head, plan=config, calls=("loss",) if quick else head.calls), "exp_sums")
 
 
 def configuration(launch: Launch) -> str:
@@ -192,7 +191,7 @@ def measure(configured: str, variant: str, launch: Launch, logs: pathlib.Path) -
         registers = _number(r"Used (\d+) registers", log)
         spill = _number(r"(\d+) bytes spill stores", log) + _number(r"(\d+) bytes spill loads", log)
     else:
-        registers = _number(r"\.vgpr_count:\s+(\d+)", text) + _number(r"\.agpr_count:\s+(\d+)", text)
+        registers = _number(r"\.vgpr_count:\s+(\d+)", text)  # accumulation registers included
         spill = _number(r"\.vgpr_spill_count:\s+(\d+)", text)
     count = {name: len(re.findall(pattern, text)) for name, pattern in _INSTRUCTIONS.items()}
     given = launch.arguments
@@ -264,9 +263,12 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     args = parser.parse_args()
     print(f"triton {triton.__version__}, torch {torch.__version__}", file=sys.stderr)
-    with ProcessPoolExecutor(args.processes) as pool:
-        parts = list(pool.map(report, args.targets, *([x] * len(args.targets) for x in (args.quick, args.cache))))
-    rows = [row for part in parts for row in part]
+    asked = [(target, args.quick, args.cache) for target in args.targets]
+    if min(args.processes, len(asked)) == 1:
+        rows = [row for each in asked for row in report(*each)]
+    else:
+        with ProcessPoolExecutor(args.processes) as pool:
+            rows = [row for part in pool.map(report, *zip(*asked, strict=True)) for row in part]
     if args.json:
         for row in rows:
             print(json.dumps(asdict(row)))

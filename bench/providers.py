@@ -332,7 +332,7 @@ def variants(every: torch.device | None = None) -> list[Provider]:
     tuning = _triton_tuning()
     plans: Any = getattr(tuning, "PLANS", ())
     if every is not None and plans:
-        candidates = tuning.candidates(every, torch.bfloat16, torch.bfloat16, lora=False)
+        candidates = tuning.candidates(every, torch.bfloat16, torch.bfloat16)
         plans = [tuning.plan_name(plan) for plan in candidates]
     return [Ours(f"unlearn_kernels[{plan}]", backend="triton", plan=plan) for plan in plans]
 

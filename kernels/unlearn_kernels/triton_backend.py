@@ -304,18 +304,14 @@ def _library_sums(
     num_rows, (vocab, width) = hidden.shape[0], weight.shape
     native = native_product_dtype(hidden, weight)
     widened = [0 if native is not None or x.dtype == torch.float32 else width for x in (hidden, weight)]
-    # one partial sum per row and tile lies beside the tile
-    reserved = min(scratch.numel() // 2, num_rows * min(MAX_SPLITS, triton.cdiv(vocab, 64)))
-    tile_rows, tile_cols = _library_tile(scratch.numel() - reserved, num_rows, vocab, *widened)
+    # one partial sum per row and tile lies beside the tile and its operands
+    tile_rows, tile_cols = _library_tile(scratch.numel(), num_rows, vocab, *widened)
     splits = triton.cdiv(vocab, tile_cols)
-    tile_rows = max(1, min(tile_rows, reserved // splits))
-    hidden_flat, weight_flat, tile_flat = scratch[reserved:].split(
-        [tile_rows * widened[0], tile_cols * widened[1],
-         scratch.numel() - reserved - tile_rows * widened[0] - tile_cols * widened[1]]
-    )  # fmt: skip
+    sizes = [tile_rows * splits, tile_rows * widened[0], tile_cols * widened[1]]
+    partial_flat, hidden_flat, weight_flat, tile_flat = scratch.split([*sizes, scratch.numel() - sum(sizes)])
     for start, stop in blocks(num_rows, tile_rows):
         rows, count = slice(start, stop), stop - start
-        partials = scratch[: splits * count].view(splits, count)
+        partials = partial_flat[: splits * count].view(splits, count)
         hidden_RH = operand(hidden[rows], hidden_flat[: count * widened[0]].view(count, widened[0]), native)
         for split, (first, last) in enumerate(blocks(vocab, tile_cols)):
             cols, num_cols = slice(first, last), last - first
@@ -344,12 +340,11 @@ def _library_sums(
         _add_partials(partials, sums[rows], splits)
 
 
-def _library_tile(
-    elements: int, num_rows: int, vocab: int, hidden_width: int, weight_width: int
-) -> tuple[int, int]:
-    """Rows and columns of a tile of logits that fits beside the operands that must be widened (widths 0: none)."""
+def _library_tile(elements: int, num_rows: int, vocab: int, hidden_width: int, weight_width: int) -> tuple[int, int]:
+    """Rows and columns of a tile of logits that fits beside its rows' partial sums of all tiles and the operands that
+    must be widened (widths 0: none)."""
     rows, cols = min(num_rows, 4096), min(vocab, TILE_ELEMENTS // 1024)
-    while rows * (cols + hidden_width) + cols * weight_width > elements and rows * cols > 1:
+    while rows * (cols + triton.cdiv(vocab, cols) + hidden_width) + cols * weight_width > elements and rows * cols > 1:
         rows, cols = (rows, (cols + 1) // 2) if cols > rows // 2 or rows == 1 else ((rows + 1) // 2, cols)
     return rows, cols
 

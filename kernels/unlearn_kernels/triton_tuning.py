@@ -64,20 +64,22 @@ _16_BIT: dict[str, tuple[Plan, ...]] = {
         Config(128, 256, 64, 8, 4, tma=True, halves=True),
         Config(128, 256, 64, 8, 3, tma=True, halves=True, flatten=True),
         Config(256, 128, 64, 8, 4, tma=True, halves=True),
+        # two programs per multiprocessor, one multiplying while the other takes exponentials: at most 113 KiB each
         Config(128, 128, 64, 8, 3, tiles=4, tma=True, halves=True),
-        Config(128, 128, 128, 8, 2, tiles=4, tma=True, halves=True),
+        Config(64, 256, 64, 4, 2, tma=True, halves=True),
         LIBRARY,
     ),
     "sm_100": (
+        Config(128, 128, 64, 4, 3, tiles=4, tma=True, halves=True),
         Config(128, 256, 64, 8, 3, tma=True, halves=True),
         Config(128, 128, 64, 4, 4, tiles=4, tma=True, halves=True),
-        Config(128, 256, 64, 8, 4, tma=True, halves=True, flatten=True),
         LIBRARY,
     ),
     "sm_80": (
-        Config(128, 128, 64, 8, 3, tiles=4),
         Config(128, 128, 32, 8, 4, tiles=4),
-        Config(128, 256, 32, 8, 3, tiles=2),
+        Config(128, 128, 64, 8, 3, tiles=4),
+        Config(64, 256, 32, 8, 3, tiles=2),
+        Config(64, 128, 64, 4, 3, tiles=4),
         LIBRARY,
     ),
     "gfx942": (Config(128, 128, 64, 8, 2, tiles=4), Config(256, 128, 32, 8, 2, tiles=4), LIBRARY),
@@ -93,31 +95,31 @@ _32_BIT: dict[str, tuple[Plan, ...]] = {
 }
 # LoRA's part has an accumulator of its own, and a tile half the size leaves it room
 LORA_CONFIGS: dict[str, Config] = {
-    "sm_90": Config(128, 128, 64, 8, 3, tiles=4, tma=True, halves=True),
-    "sm_100": Config(128, 128, 64, 8, 3, tiles=4, tma=True, halves=True),
+    "sm_90": Config(128, 64, 64, 8, 3, tiles=8, tma=True, halves=True),
+    "sm_100": Config(128, 64, 64, 8, 3, tiles=8, tma=True, halves=True),
     "sm_80": Config(64, 128, 32, 8, 3, tiles=4),
     "gfx942": Config(64, 128, 32, 8, 2, tiles=4),
-    "safe": Config(64, 128, 32, 8, 2, tiles=4),
+    "safe": Config(64, 64, 32, 8, 2, tiles=8),
     "interpret": Config(16, 128, 16, 1, 1, group_t=2),
 }
 # Rare rows, statistics and KL: pointers and one accumulator (two for KL) beside more epilogue
 PLAIN_CONFIGS: dict[str, Config] = {
-    "sm_90": Config(128, 128, 64, 8, 3, tiles=4),
-    "sm_100": Config(128, 128, 64, 8, 3, tiles=4),
-    "sm_80": Config(128, 128, 32, 8, 3, tiles=4),
+    "sm_90": Config(128, 64, 64, 8, 3, tiles=8),
+    "sm_100": Config(128, 64, 64, 8, 3, tiles=8),
+    "sm_80": Config(64, 128, 32, 8, 3, tiles=4),
     "gfx942": Config(128, 128, 32, 8, 2, tiles=4),
     "safe": Config(64, 128, 32, 8, 2, tiles=4),
     "interpret": Config(16, 128, 16, 1, 1),
 }
 KL_CONFIGS: dict[str, Config] = {
-    "sm_90": Config(128, 128, 64, 8, 3, tiles=4),
-    "sm_100": Config(64, 128, 64, 8, 3, tiles=4),
+    "sm_90": Config(128, 64, 64, 8, 3, tiles=8),
+    "sm_100": Config(128, 64, 64, 8, 3, tiles=8),
     "sm_80": Config(64, 128, 32, 8, 3, tiles=4),
     "gfx942": Config(64, 128, 32, 8, 2, tiles=4),
     "safe": Config(64, 128, 32, 8, 2, tiles=4),
     "interpret": Config(16, 128, 16, 1, 1),
 }
-FLOAT32_CONFIG = Config(64, 64, 16, 8, 2, tiles=8)
+FLOAT32_CONFIG = Config(64, 64, 16, 4, 2, tiles=8)
 
 # What bench/gpu.sh may force, by name; the names of a device's candidates are valid too.
 PLANS = ("fused", LIBRARY)

@@ -19,6 +19,7 @@ _backend = "torch"
 _device = torch.device("cpu")
 # For tests about the torch backend's own tiles; test_triton.py has their like.
 TORCH_ONLY = pytest.mark.parametrize("backend", ["torch"], indirect=True)
+TRITON_ONLY = pytest.mark.parametrize("backend", ["triton"], indirect=True)
 DIFFERENTIABLE = ("hidden", "weight", "bias", "lora_a", "lora_b")
 
 

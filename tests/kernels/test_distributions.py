@@ -141,7 +141,8 @@ def test_the_lowest_index_wins_a_tie():
     hidden = torch.ones(3, 2, device=device())
     weight = torch.zeros(1500, 2, device=device())
     weight[[7, 1300]] = 1.0
-    assert uk.token_stats(hidden, weight, torch.tensor([7, 1300, 8], device=device())).is_argmax.tolist() == [True, False, False]
+    targets = torch.tensor([7, 1300, 8], device=device())
+    assert uk.token_stats(hidden, weight, targets).is_argmax.tolist() == [True, False, False]
 
 
 def test_a_small_variance_far_from_the_mean_is_not_lost():

@@ -231,7 +231,7 @@ def test_a_label_in_most_rows_loses_nothing_in_bf16(workspace):
 
 @pytest.mark.parametrize("workspace", WORKSPACES)
 def test_same_bits_twice(workspace):
-    case = make_case(60, 16, 700, torch.bfloat16, parts=ALL_PARTS)
+    case = make_case(40, 16, 400, torch.bfloat16, parts=ALL_PARTS)
     case.targets[::3] = 5
     results = []
     for _ in range(2):

@@ -133,9 +133,8 @@ def test_sequence_sums_do_not_depend_on_the_neighbours():
     whole = uk.sequence_logprobs(*case.packed)
     for index in range(len(case.cu_seqlens) - 1):
         first, last = case.cu_seqlens[index : index + 2].tolist()
-        alone = uk.sequence_logprobs(
-            case.hidden[first:last], case.weight, case.targets[first:last], torch.tensor([0, last - first], device=device())
-        )
+        only = torch.tensor([0, last - first], device=device())
+        alone = uk.sequence_logprobs(case.hidden[first:last], case.weight, case.targets[first:last], only)
         assert abs(float(alone[0].detach() - whole[index].detach())) <= 1e-4
 
 

@@ -208,6 +208,7 @@ def graded(logprobs, lengths, index):
 @pytest.mark.parametrize("workspace", WORKSPACES)
 @pytest.mark.parametrize(("skip_below", "num_active"), [(0.0, 5), (1e-9, 5), (8e-3, 3), (0.5, 1)])
 def test_skipping_leaves_out_exactly_the_small_ones(workspace, skip_below, num_active):
+    too_slow_interpreted(skip_below != 8e-3, "8e-3, which leaves out two of five")
     case = make_case(60, 16, 257, widest(), parts=("bias", "lora"))
     case.cu_seqlens = torch.tensor([0, 5, 11, 20, 41, 60], device=device())
     bound = 10 * SMALL[widest()]
