@@ -108,7 +108,7 @@ def cases(quick: bool) -> Iterator[Case]:
     yield Case("plain", calls=everything)
     yield Case("library", plan=triton_tuning.LIBRARY)
     yield Case("LoRA", parts=("lora",), calls=("loss", "stats"))
-    yield Case("float32", FP32, FP32)
+    yield Case("float32", FP32, FP32, calls=("loss",) if quick else everything)
     if quick:
         return
     yield Case("softcap", parts=("cap",))
@@ -140,7 +140,8 @@ def launches(target: str, quick: bool) -> Iterator[tuple[str, str, Launch]]:
     heads = [Case("plain"), Case("float32", FP32, FP32), Case("LoRA", parts=("lora",))]
     for head in heads if quick else [*heads, Case("softcap", parts=("cap",))]:
         for config in shipped(target, head):
-            yield from fresh(replace(head, plan=config, calls=("loss",) if quick else head.calls), "exp_sums")
+            asked = replace(head, plan=config, rows=1024, calls=("loss",)) if quick else replace(head, plan=config)
+            yield from fresh(asked, "exp_sums")
 
 
 def configuration(launch: Launch) -> str:

@@ -57,7 +57,7 @@ def test_fused_around_its_tiles(num_rows, width, vocab, dtype):
         check_gradients(case, weighted(), weighted_reference)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, *HALF_AND_SINGLE])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("num_rows", "width", "vocab", "parts", "workspace"),
     [(17, 24, 63, (), None), (17, 24, 64, ALL_PARTS, None), (18, 17, 65, ALL_PARTS, 2000), (6, 64, 385, (), 6000)],
@@ -134,9 +134,11 @@ def canaries(monkeypatch):
 
 def functions_of(case, options):
     ref = case.hidden.detach()[:, :3], case.weight.detach()[:, :3]
-    yield uk.token_logprobs(*case.inputs, **case.head, options=options)
-    yield uk.linear_kl(case.hidden, case.weight, *ref, **case.head, options=options)
+    if case.hidden.shape[0] < 100:
+        yield uk.token_logprobs(*case.inputs, **case.head, options=options)
+        yield uk.linear_kl(case.hidden, case.weight, *ref, **case.head, options=options)
     with torch.no_grad():
+        yield uk.token_logprobs(*case.inputs, **case.head, options=options)
         yield uk.linear_kl(case.hidden, case.weight, *ref, **case.head, options=options)
         yield uk.token_stats(*case.inputs, **case.head, options=options).var_logprob
 
@@ -150,31 +152,32 @@ def test_the_smallest_scratch_is_enough(num_rows, width, vocab, workspace, plan,
     truth = case.like(torch.float64)
     with triton_tuning.force(plan):
         values = [value.detach() for value in functions_of(case, uk.Options(workspace_bytes=workspace))]
-    kl = reference.linear_kl(
-        truth.hidden, truth.weight, case.hidden[:, :3].double(), case.weight[:, :3].double()
-    ).detach()
-    expected = [reference.token_logprobs(*truth.inputs).detach(), kl, kl, reference.token_stats(*truth.inputs)[3]]
-    for value, true in zip(values, expected, strict=True):
+    ref = case.hidden[:, :3].double(), case.weight[:, :3].double()
+    logprobs, kl = reference.token_logprobs(*truth.inputs), reference.linear_kl(truth.hidden, truth.weight, *ref)
+    expected = [logprobs, kl, logprobs, kl, reference.token_stats(*truth.inputs)[3]]
+    for value, true in zip(values, expected[-len(values) :], strict=True):
         torch.testing.assert_close(value.double(), true.detach(), rtol=1e-5, atol=3e-5)
 
 
 @pytest.mark.parametrize("plan", ["fused", "library"])
 def test_gradients_stay_within_the_scratch(plan, canaries):
-    case = make_case(30, 8, 200, torch.bfloat16, parts=ALL_PARTS)
+    case = make_case(20, 8, 140, torch.bfloat16, parts=ALL_PARTS)
     with triton_tuning.force(plan):
-        check_gradients(case, weighted(4000), weighted_reference)
+        check_gradients(case, weighted(6000), weighted_reference)
 
 
 # -- rows that are redone
 
 
-def mixed_rows(dtype, bad, num_rows, vocab=300):
-    """bad rows are 140 nats behind some token, the others ordinary; the head is the identity."""
-    hidden = 3 * torch.randn(num_rows, vocab, generator=generator(1))
+def mixed_rows(dtype, bad, num_rows=50, vocab=300):
+    """bad rows are 140 nats behind some token, the others ordinary."""
+    weight = torch.randn(vocab, 16, generator=generator(1))
+    hidden = torch.randn(num_rows, 16, generator=generator(2))
     targets = torch.arange(num_rows) * 7 % vocab
     ahead = (targets + 11 + 90 * torch.arange(num_rows)) % vocab  # in every tile, never the target
-    hidden[bad, ahead[bad]] = 140.0 + hidden[bad, targets[bad]]
-    return hidden.to(device(), dtype), torch.eye(vocab, dtype=dtype, device=device()), targets.to(device())
+    apart = weight[ahead] - weight[targets]
+    hidden[bad] = (140.0 * apart / apart.square().sum(1, keepdim=True))[bad]
+    return hidden.to(device(), dtype), weight.to(device(), dtype), targets.to(device())
 
 
 BAD = {
@@ -188,14 +191,20 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
-@pytest.mark.parametrize("launch", [None, 20])
+@pytest.mark.parametrize(
+    ("bad", "dtype", "launch"),
+    [
+        *((bad, torch.float32, None) for bad in BAD),
+        ("third", torch.float16, None),
+        ("third", torch.float32, 20),
+        ("all", torch.float16, 20),
+    ],
+)
 def test_redone_rows_and_the_bits_of_the_others(bad, dtype, launch, monkeypatch):
     """With and without E. A redone row's offset is its maximum, and its E is exp(z - offset)."""
     if launch:
         monkeypatch.setattr(triton_backend, "ROWS_PER_LAUNCH", launch)
-    hidden, weight, targets = mixed_rows(dtype, BAD[bad], 50)
+    hidden, weight, targets = mixed_rows(dtype, BAD[bad])
     steps = backends.BACKENDS["triton"].steps
     inputs = (hidden, weight, targets, None, None, None, 1.0, 0.0)
     z_y, sums = torch.empty(50, device=device()), torch.empty(50, device=device())
@@ -204,20 +213,20 @@ def test_redone_rows_and_the_bits_of_the_others(bad, dtype, launch, monkeypatch)
     steps.target_logits(*inputs, z_y, scratch)
     offset = z_y + OFFSET
     steps.exp_sums(*inputs, offset, sums, e, scratch)
-    for stored in (e, None):
+    redone = torch.zeros(50, dtype=torch.bool, device=device())
+    redone[BAD[bad]] = True
+    z = hidden.double() @ weight.double().T
+    for with_e in (True, False):
         new_offset, new_sums, new_e = offset.clone(), sums.clone(), e.clone()
-        steps.redo_rows(*inputs, new_offset, new_sums, new_e if stored is not None else None, scratch)
-        redone = torch.zeros(50, dtype=torch.bool, device=device())
-        redone[BAD[bad]] = True
+        steps.redo_rows(*inputs, new_offset, new_sums, new_e if with_e else None, scratch)
         assert torch.equal(new_offset[~redone], offset[~redone]) and torch.equal(new_sums[~redone], sums[~redone])
         assert torch.equal(new_e[~redone], e[~redone])
-        z = hidden.double()
-        assert torch.equal(new_offset[redone].double(), z.amax(1)[redone])
+        torch.testing.assert_close(new_offset[redone].double(), z.amax(1)[redone], rtol=1e-6, atol=0)
         terms = torch.exp(z - new_offset[:, None].double())
         terms[torch.arange(50), targets] = 0.0
-        torch.testing.assert_close(new_sums[redone].double(), terms.sum(1)[redone], rtol=1e-5, atol=0)
-        if stored is not None and BAD[bad]:
-            assert relative_error(new_e[redone], terms[redone]) <= (1e-5 if dtype == torch.float32 else 3e-3)
+        torch.testing.assert_close(new_sums[redone].double(), terms.sum(1)[redone], rtol=1e-4, atol=0)
+        if with_e and BAD[bad]:
+            assert relative_error(new_e[redone], terms[redone]) <= (1e-4 if dtype == torch.float32 else 3e-3)
 
 
 @pytest.mark.parametrize("parts", [(), ALL_PARTS])
@@ -306,11 +315,12 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
-@pytest.mark.parametrize("plan", ["fused", "library"])
+@pytest.mark.parametrize(
+    ("plan", "dtype"), [("fused", torch.float16), ("fused", torch.float32), ("library", torch.float32)]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_strides(kind, plan, dtype):
-    case = make_case(20, 24, 264, dtype)
+    case = make_case(17, 24, 136, dtype)
     hidden, weight = strided(case, kind)
     assert torch.equal(hidden, case.hidden) and torch.equal(weight, case.weight)
 
