@@ -20,7 +20,7 @@ usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; }
 root="$(cd "$(dirname "$0")/.." && pwd)"
 python="${PYTHON:-python3}"
 all=(correctness kernels peers train)
-# 445 s, and at most 20 more each for a part that does not stop by itself: 525 in all
+# 445 s, and at most 20 more each for imports and for a part that does not stop by itself: 525 in all
 declare -A seconds=([correctness]=145 [kernels]=165 [peers]=75 [train]=60)
 grace=15
 again=0 dry=0 wheels="" parts=() options=()

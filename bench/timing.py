@@ -23,12 +23,10 @@ FLUSH_BYTES = 256 << 20  # five times the H100's and H200's L2
 
 
 class Budget:
-    """Seconds left of a part's share, counted from the process's first import of this module."""
-
-    _start = time.monotonic()
+    """Seconds left of a part's share."""
 
     def __init__(self, seconds: float) -> None:
-        self.end = self._start + seconds
+        self.end = time.monotonic() + seconds
 
     @property
     def left(self) -> float:

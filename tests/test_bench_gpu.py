@@ -16,7 +16,7 @@ import torch
 from bench import gpu_correctness, gpu_kernels, gpu_summary, part, providers, readme
 from bench.inputs import Case, Padded, npo, padded_truth, relative_error, truth_of
 from bench.rows import ROOT, RowFile, read
-from bench.timing import Interleaved, Stopwatch, Unit, quartiles
+from bench.timing import Budget, Interleaved, Stopwatch, Unit, quartiles
 from unlearn_kernels import reference
 
 CPU = torch.device("cpu")
@@ -123,6 +123,13 @@ def test_a_killed_part_leaves_valid_rows_and_the_summary_says_so(tmp_path):
     assert len(rows) >= 5 and rows[-1]["case"] == "check"
     assert "CUT OFF" in gpu_summary.summary(tmp_path, ["correctness"])
     assert part.finished("correctness", tmp_path, rows[-1]) is None
+
+
+def test_a_part_has_its_share_however_old_the_process_is(monkeypatch):
+    now = time.monotonic() + 1e6
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    budget = Budget(165)
+    assert budget.left == 165 and not budget.spent
 
 
 def test_a_part_stopped_at_its_limit_says_so_and_fails(tmp_path, monkeypatch):
