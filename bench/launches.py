@@ -3,7 +3,7 @@
 The public functions run on fake tensors (shapes and no memory) that say they are on CUDA; the step functions are the
 real ones, and Triton's JITFunction.run is replaced by one that writes down what it was given. So a launch here has the
 grid, the signature, the divisibility of its arguments, the constants, the warps and the stages of the launch a GPU
-would see, and `Launch.compile` compiles exactly that. `python -m bench.launches` prints each schedule's cost.
+would see, and `Launch.compile` compiles exactly that. bench.compile_report compiles them, bench.schedule_costs counts.
 
 TRITON_INTERPRET must not be set in the process: triton reads it when the kernels are defined.
 """
@@ -199,8 +199,9 @@ def recording(target: str, boundaries: list[int] | None = None) -> Iterator[tupl
     watch = _Watch(record)
 
     def note(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        e = kwargs.get("e")
-        if isinstance(e, (Tensor, TensorDescriptor)) and kwargs.get("STORE_E"):
+        given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        e = given.get("g_ptr", given.get("e", given.get("e_ptr")))
+        if e is not None and given.get("STORE_E", True):
             e = e.base if isinstance(e, TensorDescriptor) else e
             watch.exponentials.add(e.untyped_storage()._cdata)
         args, kwargs = tuple(map(_stand_in, args)), {name: _stand_in(value) for name, value in kwargs.items()}

@@ -86,6 +86,25 @@ def kernels_table() -> str:
     return _markdown(lines) + _source("kernels", rows)
 
 
+def schedules_table() -> str:
+    """What the Triton backend's launches add up to, a line per schedule."""
+    rows = read("schedules")
+    if not rows:
+        return "No rows yet: `python -m bench.schedule_costs --write` makes `bench/results/schedules.jsonl`."
+    lines = [["call", "units", "E written [N V e]", "E read [N V e]", "passes over W", "peak memory"],
+             ["---", *["---:"] * 5]]  # fmt: skip
+    for row in rows:
+        counted = [f"{row[key]:.2f}" for key in ("units", "e_written", "e_read")]
+        lines.append([row["case"], *counted, str(row["weight_passes"]), f"{row['peak_mib']:.0f} MiB"])
+    first = rows[0]
+    shape = ", ".join(f"{letter} = {size}" for letter, size in first["shape"].items())
+    dirty = " with uncommitted changes" if first["dirty"] else ""
+    return _markdown(lines) + (
+        f"\n\nRows: `bench/results/schedules.jsonl`, counted by `python -m bench.schedule_costs --write` at "
+        f"{first['commit']}{dirty} for {first['target']}, bf16, {shape}."
+    )
+
+
 def gpu_kernels_table() -> str:
     return _gpu_table("gpu_kernels", ("forward", "full", "frozen"))
 
@@ -169,6 +188,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "tofu": tofu_table,
     "kernels": kernels_table,
+    "schedules": schedules_table,
     "gpu-kernels": gpu_kernels_table,
     "gpu-peers": gpu_peers_table,
     "gpu-train": gpu_train_table,

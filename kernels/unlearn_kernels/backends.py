@@ -136,9 +136,14 @@ checked_targets = torch.ops.unlearn_kernels.checked_targets
 checked_boundaries = torch.ops.unlearn_kernels.checked_boundaries
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # a trace neither imports nor registers: it calls this and keeps the answer
 def load_triton() -> str:
     """Registers the Triton backend; the reason where that cannot be done, else ""."""
+    return _load_triton()
+
+
+@functools.cache
+def _load_triton() -> str:
     try:
         module = importlib.import_module(".triton_backend", __package__)
     except ImportError as error:
@@ -147,7 +152,6 @@ def load_triton() -> str:
     return ""
 
 
-# A traced program cannot register operators: where Triton will be wanted it is there before anything is traced.
 if torch.cuda.is_available():
     load_triton()
 
@@ -176,19 +180,16 @@ def _triton_refusal(hidden: Tensor) -> str | None:
     if hidden.dtype == torch.float64:
         return "float64"
     if hidden.is_cuda:
-        if torch.version.hip is None and torch.cuda.is_available() and _capability(hidden.device) < (8, 0):
-            return f"device of compute capability {_capability(hidden.device)}, below (8, 0)"
+        if torch.version.hip is None and torch.cuda.is_available():
+            capability = torch.cuda.get_device_capability(hidden.device)
+            return None if capability >= (8, 0) else f"device of compute capability {capability}, below (8, 0)"
         return None
     if hidden.device.type == "cpu" and "triton" in BACKENDS and _interpreted():
         return None
     return f"{hidden.device.type} tensors (CPU ones under TRITON_INTERPRET=1, set before the first import of triton)"
 
 
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
+@torch.compiler.assume_constant_result
 def _interpreted() -> bool:
     return bool(importlib.import_module(".triton_tuning", __package__).interpreted())
 

@@ -13,7 +13,11 @@ CALLS = {
     "token": lambda case, **more: uk.token_logprobs(*case.inputs, **case.head, **more).sum(),
     "sequence": lambda case, **more: uk.sequence_logprobs(*case.packed, **case.head, **more).square().sum(),
     "npo": lambda case, **more: uk.npo_loss(
-        *case.packed, torch.full((len(case.cu_seqlens) - 1,), -20.0), beta=0.1, **case.head, **more
+        *case.packed,
+        torch.full((len(case.cu_seqlens) - 1,), -20.0, device=case.hidden.device),
+        beta=0.1,
+        **case.head,
+        **more,
     ),
     "simnpo": lambda case, **more: uk.simnpo_loss(*case.packed, beta=2.5, gamma=0.1, **case.head, **more),
 }
@@ -34,6 +38,29 @@ def test_full_graph(call, frozen, workspace):
     leaves = list(case.leaves().values())
     plain = torch.autograd.grad(run(*inputs), leaves)
     compiled = torch.autograd.grad(torch.compile(run, fullgraph=True, backend="aot_eager")(*inputs), leaves)
+    for mine, expected in zip(compiled, plain, strict=True):
+        assert relative_error(mine, expected) <= 2e-6
+
+
+@pytest.mark.skipif(bool(backends.load_triton()), reason="triton cannot be imported")
+@pytest.mark.parametrize(("call", "workspace"), [("token", None), ("token", 8192), ("npo", None)])
+def test_full_graph_of_the_triton_backend(call, workspace):
+    """Traced like any other; the opaque steps run interpreted, or compiled on a GPU."""
+    torch._dynamo.reset()
+    case = make_case(20, 8, 60)
+    if torch.cuda.is_available():
+        for name in ("hidden", "weight", "targets", "cu_seqlens"):
+            tensor = getattr(case, name).detach().cuda()
+            setattr(case, name, tensor.requires_grad_(tensor.is_floating_point()))
+    options = uk.Options(workspace_bytes=workspace, backend="triton")
+
+    def run(hidden, weight):
+        case.hidden, case.weight = hidden, weight
+        return CALLS[call](case, options=options)
+
+    inputs = (case.hidden, case.weight)
+    plain = torch.autograd.grad(run(*inputs), inputs)
+    compiled = torch.autograd.grad(torch.compile(run, fullgraph=True, backend="aot_eager")(*inputs), inputs)
     for mine, expected in zip(compiled, plain, strict=True):
         assert relative_error(mine, expected) <= 2e-6
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import unlearn_kernels as uk
 from tests.kernels.cases import make_case
+from unlearn_kernels import backends
 
 pytestmark = pytest.mark.usefixtures("unpoisoned")
 WORKSPACE = 150_000
@@ -88,6 +89,18 @@ def test_the_schedule_allocates_what_the_steps_write_into(call):
     assert WORKSPACE / 4 < largest.nbytes <= bound(case)
 
 
+@pytest.mark.parametrize("call", ["token", "loss", "kl"])
+def test_triton_steps_allocate_little(call):
+    """The interpreter's arrays aside: what the steps allocate is rows of a few numbers, whatever N x V is."""
+    pytest.importorskip("triton")
+    case = make_case(120, 4, 300, torch.bfloat16, parts=("lora",))
+    workspace = 16_000
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        CALLS[call](case, uk.Options(workspace, backend="triton")).backward()
+    sizes = [e.nbytes() for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert 4 * workspace < 2 * 120 * 300 and max(sizes) <= workspace
+
+
 @pytest.mark.parametrize("call", CALLS)
 def test_the_sum_is_bounded_too(call):
     """Workspace, gradients (weight-shaped ones also in float32) and a few N x H rows; N x V is nowhere in it."""
@@ -104,8 +117,16 @@ def test_the_sum_is_bounded_too(call):
     assert peak <= 1.5 * WORKSPACE + 4 * rows + weights + small
 
 
+@pytest.fixture(params=["torch", "triton"])
+def named(request):
+    """A backend by name; no step runs on fake tensors, so Triton's interpreter need not."""
+    if request.param == "triton" and backends.load_triton():
+        pytest.skip("triton cannot be imported")
+    return request.param
+
+
 @pytest.mark.parametrize("call", ["token", "sequence", "kl"])
-def test_a_seven_billion_parameter_head_on_no_memory_at_all(call):
+def test_a_seven_billion_parameter_head_on_no_memory_at_all(call, named):
     """Fake tensors: N = 16384, H = 4096, V = 128256, whose logits are 4.2 GB, within 1 GiB and the gradients."""
     case = make_case(2, 4, 8, torch.bfloat16)
     with FakeTensorMode():
@@ -116,5 +137,6 @@ def test_a_seven_billion_parameter_head_on_no_memory_at_all(call):
         with pytest.MonkeyPatch.context() as patch, LargestOutput() as largest:
             patch.setattr("unlearn_kernels.checks.check_target_values", lambda targets, vocab: None)
             patch.setattr("unlearn_kernels.functions._boundaries", lambda hidden, cu_seqlens: [0, 16384])
-            CALLS[call](case, uk.Options(1 << 30)).backward()
+            patch.setattr(backends, "_triton_refusal", lambda hidden: None)
+            CALLS[call](case, uk.Options(1 << 30, backend=named)).backward()
     assert (1 << 29) < largest.nbytes <= 4 * 128256 * 4096

@@ -51,7 +51,7 @@ def without_triton(monkeypatch):
 
     monkeypatch.setattr(importlib, "import_module", missing)
     monkeypatch.setattr(backends, "BACKENDS", {"torch": backends.BACKENDS["torch"]})
-    backends.load_triton.cache_clear()
+    backends._load_triton.cache_clear()
     backends._warn_without_triton.cache_clear()
     # whoever comes next finds the operators registered already
     registered = backends.register
@@ -59,7 +59,7 @@ def without_triton(monkeypatch):
     yield
     monkeypatch.undo()
     assert backends.register is registered
-    backends.load_triton.cache_clear()
+    backends._load_triton.cache_clear()
     backends._warn_without_triton.cache_clear()
     monkeypatch.setattr(backends, "register", lambda name, module: None)
     if "triton" in backends.BACKENDS:
@@ -83,7 +83,7 @@ class OnCuda:
 def a_gpu(monkeypatch):
     def of_capability(*capability):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(backends, "_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     of_capability(9, 0)
     return of_capability
