@@ -98,8 +98,8 @@ def forced(plan: Plan) -> contextlib.AbstractContextManager[Any]:
 
 def shipped(target: str, case: Case) -> list[Config]:
     with recording(target):
-        lora = "lora" in case.parts
-        plans = triton_tuning.candidates(torch.device("cuda"), case.hidden, case.weight, lora=lora)
+        traits = {"lora": "lora" in case.parts, "capped": "cap" in case.parts, "aligned": case.width % 8 == 0}
+        plans = triton_tuning.candidates(torch.device("cuda"), case.hidden, case.weight, **traits)
     return [plan for plan in plans if isinstance(plan, Config)]
 
 
@@ -109,18 +109,22 @@ def cases(quick: bool) -> Iterator[Case]:
     yield Case("library", plan=triton_tuning.LIBRARY)
     yield Case("LoRA", parts=("lora",), calls=("loss", "stats"))
     yield Case("float32", FP32, FP32, calls=("loss",) if quick else everything)
+    yield Case("softcap", parts=("cap",), calls=("loss",))
+    yield Case("V 50257", vocab=50257, calls=("loss",))
+    yield Case("H 2052", width=2052, calls=everything)
     if quick:
         return
-    yield Case("softcap", parts=("cap",))
     yield Case("bias scale softcap", parts=("bias", "scale", "cap"), calls=everything)
     yield Case("bias scale softcap library", parts=("bias", "scale", "cap"), plan=triton_tuning.LIBRARY)
     yield Case("LoRA, all parts", parts=("lora", "bias", "scale", "cap"), calls=everything)
     yield Case("float16", FP16, FP16, calls=everything)
     yield Case("float32 weight", BF16, FP32, calls=everything)
     yield Case("float32, all", FP32, FP32, parts=("bias", "scale", "cap", "lora"), calls=everything)
-    yield Case("H 2052", width=2052)
     yield Case("H 2052 V 50257 N 3584", width=2052, vocab=50257, rows=3584, parts=("bias",), calls=everything)
-    yield Case("V 50257", vocab=50257)
+
+
+# what quick tries with each head, and not only with each configuration: where registers run out
+_BY_HEAD = ("exp_sums_kernel", "redo_sums_kernel", "kl_kernel")
 
 
 def launches(target: str, quick: bool) -> Iterator[tuple[str, str, Launch]]:
@@ -130,15 +134,16 @@ def launches(target: str, quick: bool) -> Iterator[tuple[str, str, Launch]]:
     def fresh(case: Case, only: str = "") -> Iterator[tuple[str, str, Launch]]:
         for launch in run_case(case, target).distinct():
             name = configuration(launch)
-            key = f"{launch.name} {name if 'TILES' in launch.arguments else ''}" if quick else launch.key()
+            kind = f"{name} {case.name}" if launch.name in _BY_HEAD else name if "TILES" in launch.arguments else ""
+            key = f"{launch.name} {kind}" if quick else launch.key()
             if only in launch.name and key not in seen:
                 seen.add(key)
                 yield name, case.name, launch
 
     for case in cases(quick):
         yield from fresh(case)
-    heads = [Case("plain"), Case("float32", FP32, FP32), Case("LoRA", parts=("lora",))]
-    for head in heads if quick else [*heads, Case("softcap", parts=("cap",))]:
+    heads = [Case("plain"), Case("float32", FP32, FP32), Case("LoRA", parts=("lora",)), Case("softcap", parts=("cap",))]
+    for head in heads:
         for config in shipped(target, head):
             asked = replace(head, plan=config, rows=1024, calls=("loss",)) if quick else replace(head, plan=config)
             yield from fresh(asked, "exp_sums")

@@ -117,9 +117,9 @@ class Problem:
         return max(1, (self.spec.workspace_bytes - scratch_bytes) // row_bytes)
 
     def _e_stride(self) -> int:
-        """Rows of E begin at multiples of 16 bytes on a GPU: its copy engine and matrix products ask for that."""
-        step = 16 // self.e_dtype.itemsize
-        return -(-self.vocab // step) * step if self.hidden_NH.is_cuda else self.vocab
+        """Rows of E begin at multiples of 16 elements on a GPU: its copy engine and matrix products want 16 bytes, and
+        Triton vectorises what it knows to be a multiple of 16."""
+        return -(-self.vocab // 16) * 16 if self.hidden_NH.is_cuda else self.vocab
 
     def new_e(self, num_rows: int) -> Tensor:
         return self.empty(num_rows, self._e_stride(), dtype=self.e_dtype)[:, : self.vocab]

@@ -152,7 +152,14 @@ def _config(table: dict[str, Config], hidden: Tensor, weight: Tensor) -> Config:
     family = triton_tuning.family(hidden.device)
     if _widened(hidden, weight) and family != "interpret":
         return triton_tuning.FLOAT32_CONFIG
+    if not _aligned(hidden, weight) and family != "interpret":
+        return triton_tuning.UNALIGNED_CONFIG
     return table.get(family, table["safe"])
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    """Whether rows come in 16-byte loads; others take a register per element's address."""
+    return all(map(_describable, tensors))
 
 
 def _describable(tensor: Tensor) -> bool:
@@ -231,7 +238,8 @@ def exp_sums(
             )  # fmt: skip
 
     with _device(hidden_CH):
-        run(triton_tuning.choose(hidden_CH, weight_VH, run, lora=lora_b_VR is not None, capped=softcap != 0.0))
+        traits = {"lora": lora_b_VR is not None, "capped": softcap != 0.0, "aligned": _aligned(hidden_CH, weight_VH)}
+        run(triton_tuning.choose(hidden_CH, weight_VH, run, **traits))
 
 
 def _fused_sums(
@@ -252,7 +260,7 @@ def _fused_sums(
     num_rows, vocab = hidden.shape[0], weight.shape[0]
     splits = _splits(config, vocab)
     partials = scratch[: splits * num_rows]
-    tma = config.tma and not _widened(hidden, weight) and _describable(hidden) and _describable(weight)
+    tma = config.tma and not _widened(hidden, weight) and _aligned(hidden, weight)
     e_tma = config.tma and e is not None and _describable(e)
     e_cols = config.block_v // 2 if config.halves else config.block_v
     e_argument: Any = weight if e is None else e
@@ -265,6 +273,7 @@ def _fused_sums(
         e=_descriptor(e_argument, (config.block_t, e_cols)) if e_tma else e_argument,
         num_rows=num_rows,
         e_stride_t=0 if e is None else e.stride(0),
+        e_cols=_e_columns(e),
         splits=splits,
         GROUP_T=config.group_t,
         TMA=tma,
@@ -277,6 +286,15 @@ def _fused_sums(
         **_flags(config, hidden, weight, bias, lora_b, logit_scale, softcap),
     )
     _add_partials(partials, sums, splits)
+
+
+def _e_columns(e: Tensor | None) -> int:
+    """Columns that may be written: up to the next row where that is E's own padding, so that stores can be vectors."""
+    if e is None:
+        return 0
+    vocab, stride = e.shape[1], e.stride(0)
+    end = (e.storage_offset() + e.shape[0] * stride) * e.element_size()
+    return stride if vocab <= stride < vocab + 16 and end <= e.untyped_storage().nbytes() else vocab
 
 
 def _add_partials(partials: Tensor, sums: Tensor, splits: int) -> None:
@@ -399,6 +417,7 @@ def redo_rows(
                 e=weight_VH if e is None else e,
                 capacity=count,
                 e_stride_t=0 if e is None else e.stride(0),
+                e_cols=_e_columns(e),
                 STORE_E=e is not None,
                 E_TYPE=tl.bfloat16 if e is None else _DTYPES[e.dtype],
                 **chosen,

@@ -151,6 +151,7 @@ def _sum_one_split(
     lora_b_stride_v,
     lora_b_stride_r,
     e_stride_t,
+    e_cols,
     logit_scale,
     softcap,
     BLOCK_T: tl.constexpr,
@@ -190,30 +191,31 @@ def _sum_one_split(
             terms, e_part = _exp_part(z_left, m_T, y_T, left_cols, vocab, softcap, HAS_CAP)
             sum_T += tl.sum(terms, 1)
             if STORE_E:
-                _store_e(e, e_part.to(E_TYPE), first_row, first_col, t_rows, t_mask, left_cols, vocab, e_stride_t,
+                _store_e(e, e_part.to(E_TYPE), first_row, first_col, t_rows, t_mask, left_cols, e_cols, e_stride_t,
                          E_TMA)  # fmt: skip
             right_cols = left_cols + BLOCK_V // 2
             terms, e_part = _exp_part(z_right, m_T, y_T, right_cols, vocab, softcap, HAS_CAP)
             sum_T += tl.sum(terms, 1)
             if STORE_E:
-                _store_e(e, e_part.to(E_TYPE), first_row, first_col + BLOCK_V // 2, t_rows, t_mask, right_cols, vocab,
+                _store_e(e, e_part.to(E_TYPE), first_row, first_col + BLOCK_V // 2, t_rows, t_mask, right_cols, e_cols,
                          e_stride_t, E_TMA)  # fmt: skip
         else:
             v_cols = first_col + tl.arange(0, BLOCK_V)
             terms, e_part = _exp_part(z, m_T, y_T, v_cols, vocab, softcap, HAS_CAP)
             sum_T += tl.sum(terms, 1)
             if STORE_E:
-                _store_e(e, e_part.to(E_TYPE), first_row, first_col, t_rows, t_mask, v_cols, vocab, e_stride_t, E_TMA)
+                _store_e(e, e_part.to(E_TYPE), first_row, first_col, t_rows, t_mask, v_cols, e_cols, e_stride_t, E_TMA)
     tl.store(partial_ptr + tl.cast(split, tl.int64) * partial_stride + partial_cols, sum_T, mask=t_mask)
 
 
 @triton.jit
-def _store_e(e, e_part, first_row, first_col, t_rows, t_mask, v_cols, vocab, e_stride_t, E_TMA: tl.constexpr):
+def _store_e(e, e_part, first_row, first_col, t_rows, t_mask, v_cols, e_cols, e_stride_t, E_TMA: tl.constexpr):
+    """e_cols: the vocabulary's size, or its rows' whole stride, which lets stores be vectors; E is 0 in between."""
     if E_TMA:
         e.store([first_row, first_col], e_part)
     else:
         e_ptrs = e + t_rows[:, None] * e_stride_t + v_cols[None, :]
-        tl.store(e_ptrs, e_part, mask=t_mask[:, None] & (v_cols < vocab)[None, :])
+        tl.store(e_ptrs, e_part, mask=t_mask[:, None] & (v_cols < e_cols)[None, :])
 
 
 @triton.jit
@@ -238,6 +240,7 @@ def exp_sums_kernel(
     lora_b_stride_v,
     lora_b_stride_r,
     e_stride_t,
+    e_cols,
     logit_scale,
     softcap,
     splits,
@@ -278,8 +281,8 @@ def exp_sums_kernel(
     _sum_one_split(
         hidden, weight, bias_ptr, lora_hidden_ptr, lora_b_ptr, targets_ptr, offset_ptr, partial_ptr, e, first_row,
         t_safe, t_mask, t_rows, num_rows, split, vocab, width, rank, hidden_stride_t, hidden_stride_k, weight_stride_v,
-        weight_stride_k, lora_b_stride_v, lora_b_stride_r, e_stride_t, logit_scale, softcap, BLOCK_T, BLOCK_V, BLOCK_K,
-        BLOCK_R, TILES, TMA, E_TMA, EVEN_K, WIDEN, HAS_BIAS, HAS_SCALE, HAS_CAP, LORA_PRECISION, STORE_E, HALVES,
+        weight_stride_k, lora_b_stride_v, lora_b_stride_r, e_stride_t, e_cols, logit_scale, softcap, BLOCK_T, BLOCK_V,
+        BLOCK_K, BLOCK_R, TILES, TMA, E_TMA, EVEN_K, WIDEN, HAS_BIAS, HAS_SCALE, HAS_CAP, LORA_PRECISION, STORE_E, HALVES,
         FLATTEN, E_TYPE,
     )  # fmt: skip
 
@@ -365,6 +368,7 @@ def redo_sums_kernel(
     lora_b_stride_v,
     lora_b_stride_r,
     e_stride_t,
+    e_cols,
     logit_scale,
     softcap,
     splits,
@@ -391,7 +395,7 @@ def redo_sums_kernel(
         _sum_one_split(
             hidden, weight, bias_ptr, lora_hidden_ptr, lora_b_ptr, targets_ptr, offset_ptr, partial_ptr, e, 0, t_rows,
             t_mask, positions, capacity, item % splits, vocab, width, rank, hidden_stride_t, hidden_stride_k,
-            weight_stride_v, weight_stride_k, lora_b_stride_v, lora_b_stride_r, e_stride_t, logit_scale, softcap,
+            weight_stride_v, weight_stride_k, lora_b_stride_v, lora_b_stride_r, e_stride_t, e_cols, logit_scale, softcap,
             BLOCK_T, BLOCK_V, BLOCK_K, BLOCK_R, TILES, False, False, EVEN_K, WIDEN, HAS_BIAS, HAS_SCALE, HAS_CAP,
             LORA_PRECISION, STORE_E, False, False, E_TYPE,
         )  # fmt: skip

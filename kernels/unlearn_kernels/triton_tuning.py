@@ -93,6 +93,22 @@ _32_BIT: dict[str, tuple[Plan, ...]] = {
     "safe": (LIBRARY, Config(64, 64, 16, 8, 2, tiles=8), Config(128, 64, 16, 8, 2, tiles=8)),
     "interpret": (Config(16, 128, 16, 1, 1, group_t=2),),
 }
+# a softcap's slope needs the logits beside the exponentials
+_CAPPED: dict[str, tuple[Plan, ...]] = {
+    "sm_90": (
+        Config(128, 128, 64, 8, 3, tiles=4, tma=True, halves=True),
+        Config(128, 128, 64, 8, 4, tiles=4, tma=True, halves=True),
+        LIBRARY,
+    ),
+    "sm_100": (
+        Config(128, 64, 64, 4, 4, tiles=8, tma=True, halves=True),
+        Config(128, 64, 64, 4, 3, tiles=8, tma=True, halves=True),
+        LIBRARY,
+    ),
+    "sm_80": (Config(64, 256, 32, 8, 3, tiles=2), Config(64, 128, 64, 8, 3, tiles=4), LIBRARY),
+    "gfx942": (Config(128, 128, 64, 8, 2, tiles=4), LIBRARY),
+    "safe": (Config(64, 128, 32, 8, 3, tiles=4), LIBRARY),
+}
 # LoRA's part has an accumulator of its own, and a tile half the size leaves it room
 LORA_CONFIGS: dict[str, Config] = {
     "sm_90": Config(128, 64, 64, 8, 3, tiles=8, tma=True, halves=True),
@@ -120,6 +136,8 @@ KL_CONFIGS: dict[str, Config] = {
     "interpret": Config(16, 128, 16, 1, 1),
 }
 FLOAT32_CONFIG = Config(64, 64, 16, 4, 2, tiles=8)
+# Rows that do not come in 16-byte loads
+UNALIGNED_CONFIG = Config(64, 64, 32, 8, 2, tiles=8)
 
 # What bench/gpu.sh may force, by name; the names of a device's candidates are valid too.
 PLANS = ("fused", LIBRARY)
@@ -143,18 +161,24 @@ def family(device: torch.device) -> str:
 
 
 def candidates(
-    device: torch.device, hidden: torch.dtype, weight: torch.dtype, *, lora: bool = False, capped: bool = False
+    device: torch.device,
+    hidden: torch.dtype,
+    weight: torch.dtype,
+    *,
+    lora: bool = False,
+    capped: bool = False,
+    aligned: bool = True,
 ) -> tuple[Plan, ...]:
-    """lora, capped: what the epilogue holds besides a tile of logits, which leaves no registers for the large tiles."""
+    """lora, capped: what the epilogue holds besides a tile of logits, which leaves no registers for the large tiles.
+    aligned: whether hidden's and the weight's rows come in 16-byte loads."""
     name = family(device)
     if hidden != weight or hidden.itemsize != 2:
         return _32_BIT.get(name, _32_BIT["safe"])
-    plans = _16_BIT[name]
-    if name == "interpret" or not (lora or capped):
-        return plans
-    if lora:
-        return LORA_CONFIGS[name], LIBRARY
-    return tuple(plan for plan in plans if isinstance(plan, str) or plan.block_t * plan.block_v <= 128 * 128)
+    if name == "interpret" or not (lora or capped or not aligned):
+        return _16_BIT[name]
+    if not aligned:
+        return LIBRARY, UNALIGNED_CONFIG
+    return (LORA_CONFIGS[name], LIBRARY) if lora else _CAPPED[name]
 
 
 @contextlib.contextmanager
@@ -180,16 +204,15 @@ def _named(name: str, plans: tuple[Plan, ...]) -> Plan:
     raise ValueError(f"plan is {name!r}; accepted: fused, {', '.join(plan_name(plan) for plan in plans)}")
 
 
-def choose(
-    hidden: Tensor, weight: Tensor, run: Callable[[Plan], None], *, lora: bool = False, capped: bool = False
-) -> Plan:
-    """The plan for this head; run(plan) does the work at hand and may be called to time it."""
-    plans = candidates(hidden.device, hidden.dtype, weight.dtype, lora=lora, capped=capped)
+def choose(hidden: Tensor, weight: Tensor, run: Callable[[Plan], None], **traits: bool) -> Plan:
+    """The plan for this head, whose traits are those of `candidates`; run(plan) does the work at hand and may be called
+    to time it."""
+    plans = candidates(hidden.device, hidden.dtype, weight.dtype, **traits)
     if _forced:
         return _named(_forced[-1], plans)
     if len(plans) == 1 or os.environ.get("UNLEARN_KERNELS_AUTOTUNE") == "0":
         return plans[0]
-    key = _key(hidden, weight) + (" LoRA" if lora else "") + (" softcap" if capped else "")
+    key = " ".join([_key(hidden, weight), *(f"{trait}={value}" for trait, value in sorted(traits.items()))])
     known = _known()
     if key in known:
         with contextlib.suppress(ValueError):  # a name that a newer version no longer ships

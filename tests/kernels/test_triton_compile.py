@@ -35,8 +35,8 @@ WITHOUT_LOGITS = {
     "kl_finish_kernel", "kl_rows_kernel", "redo_offsets_kernel", "row_grad_kernel", "scale_rows_kernel",
     "segment_sums_kernel", "target_logits_kernel", "token_stats_finish_kernel",
 }  # fmt: skip
-# Rare rows of a float32 head: ptxas keeps to 168 registers for the sake of occupancy.
-TOLERATED_SPILLS = {("redo_sums_kernel", "float32", "sm_100"): 16}
+# Rare rows: ptxas keeps to 128 or 168 registers for the sake of occupancy.
+TOLERATED_SPILLS = {("redo_sums_kernel", "float32", "sm_100"): 16, ("redo_sums_kernel", "H 2052", "sm_100"): 16}
 
 
 def complaints(row: SimpleNamespace) -> list[str]:
@@ -56,7 +56,7 @@ def complaints(row: SimpleNamespace) -> list[str]:
         found.append("ptxas serialized its wgmma")
     if row.kernel in USES_LOGITS and row.variant != "float32" and getattr(row, MATRIX[row.target]) == 0:
         found.append(f"no {MATRIX[row.target]}")
-    if row.target in ("sm_90", "sm_100") and row.kernel == "exp_sums_kernel" and row.variant != "float32":
+    if row.target in ("sm_90", "sm_100") and row.kernel == "exp_sums_kernel" and row.variant not in ("float32", "H 2052"):
         if row.tma_loads == 0:
             found.append("operands do not come by TMA")
         if row.store_e and row.tma_stores == 0:
@@ -111,7 +111,8 @@ def shipped(target: str) -> set[str]:
     """Every Config that triton_tuning ships for the target's log-likelihoods."""
     tuning = pytest.importorskip("unlearn_kernels.triton_tuning")
     family = "safe" if target == "sm_86" else target
-    plans = [*tuning._16_BIT[family], *tuning._32_BIT["safe"], tuning.LORA_CONFIGS[family]]
+    plans = [*tuning._16_BIT[family], *tuning._CAPPED[family], *tuning._32_BIT["safe"]]
+    plans += [tuning.LORA_CONFIGS[family], tuning.UNALIGNED_CONFIG]
     return {without_tiles(plan.name) for plan in plans if plan != tuning.LIBRARY}
 
 

@@ -161,14 +161,15 @@ def test_fused_is_a_fused_plan_where_the_library_comes_first(gpu, monkeypatch):
 def test_every_table_has_safe_and_interpreted_entries_and_names_are_unique():
     for table in (tuning.LORA_CONFIGS, tuning.PLAIN_CONFIGS, tuning.KL_CONFIGS, tuning._16_BIT, tuning._32_BIT):
         assert {"safe", "interpret"} <= set(table)
-    for plans in (*tuning._16_BIT.values(), *tuning._32_BIT.values()):
+    assert set(tuning._CAPPED) == set(tuning._16_BIT) - {"interpret"}
+    for plans in (*tuning._16_BIT.values(), *tuning._32_BIT.values(), *tuning._CAPPED.values()):
         names = [tuning.plan_name(plan) for plan in plans]
         assert len(set(names)) == len(names)
         assert {"plan"} <= set(tuning.describe(plans[0]))
 
 
 @pytest.mark.parametrize(
-    ("kind", "largest"), [({}, 256 * 128), ({"lora": True}, 128 * 128), ({"capped": True}, 128 * 128)]
+    ("kind", "largest"), [({}, 256 * 128), ({"lora": True}, 128 * 128), ({"capped": True}, 128 * 128), ({"aligned": False}, 64 * 64)]
 )
 def test_heavy_epilogues_take_no_large_tile(gpu, kind, largest):
     plans = tuning.candidates(torch.device("cpu"), torch.bfloat16, torch.bfloat16, **kind)
