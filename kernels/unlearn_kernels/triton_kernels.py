@@ -282,8 +282,8 @@ def exp_sums_kernel(
         hidden, weight, bias_ptr, lora_hidden_ptr, lora_b_ptr, targets_ptr, offset_ptr, partial_ptr, e, first_row,
         t_safe, t_mask, t_rows, num_rows, split, vocab, width, rank, hidden_stride_t, hidden_stride_k, weight_stride_v,
         weight_stride_k, lora_b_stride_v, lora_b_stride_r, e_stride_t, e_cols, logit_scale, softcap, BLOCK_T, BLOCK_V,
-        BLOCK_K, BLOCK_R, TILES, TMA, E_TMA, EVEN_K, WIDEN, HAS_BIAS, HAS_SCALE, HAS_CAP, LORA_PRECISION, STORE_E, HALVES,
-        FLATTEN, E_TYPE,
+        BLOCK_K, BLOCK_R, TILES, TMA, E_TMA, EVEN_K, WIDEN, HAS_BIAS, HAS_SCALE, HAS_CAP, LORA_PRECISION, STORE_E,
+        HALVES, FLATTEN, E_TYPE,
     )  # fmt: skip
 
 
@@ -395,9 +395,9 @@ def redo_sums_kernel(
         _sum_one_split(
             hidden, weight, bias_ptr, lora_hidden_ptr, lora_b_ptr, targets_ptr, offset_ptr, partial_ptr, e, 0, t_rows,
             t_mask, positions, capacity, item % splits, vocab, width, rank, hidden_stride_t, hidden_stride_k,
-            weight_stride_v, weight_stride_k, lora_b_stride_v, lora_b_stride_r, e_stride_t, e_cols, logit_scale, softcap,
-            BLOCK_T, BLOCK_V, BLOCK_K, BLOCK_R, TILES, False, False, EVEN_K, WIDEN, HAS_BIAS, HAS_SCALE, HAS_CAP,
-            LORA_PRECISION, STORE_E, False, False, E_TYPE,
+            weight_stride_v, weight_stride_k, lora_b_stride_v, lora_b_stride_r, e_stride_t, e_cols, logit_scale,
+            softcap, BLOCK_T, BLOCK_V, BLOCK_K, BLOCK_R, TILES, False, False, EVEN_K, WIDEN, HAS_BIAS, HAS_SCALE,
+            HAS_CAP, LORA_PRECISION, STORE_E, False, False, E_TYPE,
         )  # fmt: skip
 
 

@@ -169,7 +169,8 @@ def test_every_table_has_safe_and_interpreted_entries_and_names_are_unique():
 
 
 @pytest.mark.parametrize(
-    ("kind", "largest"), [({}, 256 * 128), ({"lora": True}, 128 * 128), ({"capped": True}, 128 * 128), ({"aligned": False}, 64 * 64)]
+    ("kind", "largest"),
+    [({}, 256 * 128), ({"lora": True}, 128 * 128), ({"capped": True}, 128 * 128), ({"aligned": False}, 64 * 64)],
 )
 def test_heavy_epilogues_take_no_large_tile(gpu, kind, largest):
     plans = tuning.candidates(torch.device("cpu"), torch.bfloat16, torch.bfloat16, **kind)
