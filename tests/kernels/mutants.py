@@ -8,24 +8,19 @@ nothing.
 
 from __future__ import annotations
 
+import os
 import pathlib
 import shutil
 import subprocess
 import sys
 import tempfile
-from typing import NamedTuple
+
+import torch
+
+from tests.kernels.triton_mutants import TRITON_MUTANTS, Mutant
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "kernels" / "unlearn_kernels"
-
-
-class Mutant(NamedTuple):
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...]  # files of this folder, or file::test
-
 
 GRADIENTS, LOSS, LOGPROBS = "test_gradients.py", "test_sequence_loss.py", "test_logprobs.py"
 DISTRIBUTIONS, MEMORY, PACK = "test_distributions.py", "test_memory.py", "test_pack_labels.py"
@@ -234,6 +229,7 @@ MUTANTS = (
         "hidden_states[:, 1:][labelled]",
         (f"{PACK}::test_rows_that_predict_labels",),
     ),
+    *TRITON_MUTANTS,
 )
 
 # The copy has to win over an editable install, whose import hook comes before sys.path, and over pytest's own
@@ -245,23 +241,35 @@ sys.path[:0] = [{copy!r}, {root!r}]
 import unlearn_kernels, pytest
 assert unlearn_kernels.__file__.startswith({copy!r}), unlearn_kernels.__file__
 arguments = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore:unlearn_kernels runs", "-o", "pythonpath="]
-sys.exit(pytest.main([*arguments, *{tests!r}]))
+sys.exit(pytest.main([*arguments, "-k", {only!r}, *{tests!r}]))
 """
 
 
-def passes(copy: pathlib.Path, tests: tuple[str, ...]) -> tuple[bool, str]:
+def passes(copy: pathlib.Path, tests: tuple[str, ...], only: str = "") -> tuple[bool, str]:
     paths = [str(ROOT / "tests" / "kernels" / test) for test in tests]
-    code = RUN.format(copy=str(copy), root=str(ROOT), tests=paths)
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    code = RUN.format(copy=str(copy), root=str(ROOT), tests=paths, only=only)
+    environment = dict(os.environ)
+    # the package imports triton before tests/conftest.py can ask for its interpreter
+    if not torch.cuda.is_available():
+        environment["TRITON_INTERPRET"] = "1"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 1):
         raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     return done.returncode == 0, done.stdout
 
 
-def copy_package(folder: str) -> pathlib.Path:
+def copy_package(folder: str, package: pathlib.Path = PACKAGE) -> pathlib.Path:
     copy = pathlib.Path(folder)
-    shutil.copytree(PACKAGE, copy / "unlearn_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(package, copy / "unlearn_kernels", ignore=shutil.ignore_patterns("__pycache__"))
     return copy
+
+
+def passes_mutated(unchanged: pathlib.Path, mutant: Mutant) -> tuple[bool, str]:
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copy_package(folder, unchanged / "unlearn_kernels")
+        path = copy / "unlearn_kernels" / mutant.file
+        path.write_text(path.read_text().replace(mutant.old, mutant.new))
+        return passes(copy, mutant.tests, mutant.only)
 
 
 def first_failure(output: str) -> str:
@@ -270,23 +278,23 @@ def first_failure(output: str) -> str:
 
 def main(names: list[str]) -> int:
     chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
-    with tempfile.TemporaryDirectory() as folder:
-        ok, output = passes(copy_package(folder), tuple(sorted({test for mutant in chosen for test in mutant.tests})))
-        if not ok:
-            print(output)
-            print("the tests fail on the unchanged package: nothing can be shown")
-            return 2
     survivors = 0
-    for mutant in chosen:
-        with tempfile.TemporaryDirectory() as folder:
-            path = copy_package(folder) / "unlearn_kernels" / mutant.file
-            path.write_text(path.read_text().replace(mutant.old, mutant.new))
-            survived, output = passes(pathlib.Path(folder), mutant.tests)
-        survivors += survived
-        print(
-            f"{'SURVIVED' if survived else 'caught  '} {mutant.name}: {'' if survived else first_failure(output)}",
-            flush=True,
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        unchanged = copy_package(folder)
+        for only in sorted({mutant.only for mutant in chosen}):
+            tests = {test for mutant in chosen if mutant.only == only for test in mutant.tests}
+            ok, output = passes(unchanged, tuple(sorted(tests)), only)
+            if not ok:
+                print(output)
+                print("the tests fail on the unchanged package: nothing can be shown")
+                return 2
+        for mutant in chosen:
+            survived, output = passes_mutated(unchanged, mutant)
+            survivors += survived
+            print(
+                f"{'SURVIVED' if survived else 'caught  '} {mutant.name}: {'' if survived else first_failure(output)}",
+                flush=True,
+            )
     print(f"{len(chosen) - survivors} of {len(chosen)} mutants caught")
     return 1 if survivors else 0
 

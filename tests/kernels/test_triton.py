@@ -600,3 +600,119 @@ def test_every_kernel_is_a_kernel():
     kinds = {type(kernel).__name__ for name, kernel in vars(triton_kernels).items() if name.endswith("_kernel")}
     assert kinds == ({"JITFunction"} if device().type == "cuda" else {"InterpretedFunction"})
     assert widest() == torch.float32
+
+
+# -- faults that mutants.py showed no other test to see
+
+
+def test_logits_far_beyond_the_softcap():
+    """exp(2 x) of the usual tanh is infinite from x = 44 on."""
+    hidden = (1000.0 * torch.randn(17, 130, generator=generator())).to(device())
+    weight, targets = torch.eye(130, device=device()), torch.arange(17, device=device())
+    value = uk.token_logprobs(hidden, weight, targets, softcap=15.0)
+    truth = reference.token_logprobs(hidden.double(), weight.double(), targets, softcap=15.0)
+    assert float((value.double() - truth).abs().max()) <= 3e-5
+
+
+def test_every_part_of_the_head_in_every_launch(monkeypatch):
+    """Ordinary and redone rows in launches of 10."""
+    monkeypatch.setattr(triton_backend, "ROWS_PER_LAUNCH", 10)
+    case = make_case(24, 16, 140, parts=ALL_PARTS, lead=0.0)
+    case.scalars["softcap"] = 200.0
+    with torch.no_grad():
+        case.hidden[3::4] *= 40.0
+        value = uk.token_logprobs(*case.inputs, **case.head)
+    assert [int((half < -102.0).sum()) > 0 for half in value.split(10)] == [True] * 3
+    check_gradients(case, weighted(), weighted_reference)
+
+
+@pytest.mark.parametrize(
+    ("plan", "dtype"), [("fused", torch.float16), ("fused", torch.float32), ("library", torch.float32)]
+)
+def test_rows_of_e_further_apart_than_the_vocabulary(plan, dtype):
+    """E as a slice of a wider tensor, whose other columns are left alone. Every third row is redone, and the library's
+    tiles have 25 rows and 17 columns."""
+    hidden, weight, targets = mixed_rows(dtype, BAD["third"], vocab=130)
+    inputs = (hidden, weight, targets, None, None, None, 1.0, 0.0)
+    steps, scratch = backends.BACKENDS["triton"].steps, torch.empty(700, device=device())
+    offset, sums = torch.empty(50, device=device()), torch.empty(50, device=device())
+    wide = torch.full((50, 160), 7.0, dtype=dtype if dtype == torch.float32 else torch.bfloat16, device=device())
+    steps.target_logits(*inputs, offset, scratch)
+    offset += OFFSET
+    with triton_tuning.force(plan):
+        steps.exp_sums(*inputs, offset, sums, wide[:, :130], scratch)
+    steps.redo_rows(*inputs, offset, sums, wide[:, :130], scratch)
+    terms = torch.exp(hidden.double() @ weight.double().T - offset[:, None].double())
+    terms[torch.arange(50), targets] = 0.0
+    errors = (wide[:, :130].double() - terms).norm(dim=1) / terms.norm(dim=1)
+    assert float(errors.max()) <= (1e-4 if dtype == torch.float32 else 4e-3)
+    assert bool((wide[:, 130:] == 7.0).all())
+
+
+def test_redoing_every_row_stays_within_the_scratch():
+    hidden, weight, targets = mixed_rows(torch.float32, BAD["all"])
+    offset, sums = torch.full((50,), -100.0, device=device()), torch.full((50,), torch.inf, device=device())
+    scratch = torch.full((68 + 4096,), 7.0, device=device())
+    inputs = (hidden, weight, targets, None, None, None, 1.0, 0.0)
+    backends.BACKENDS["triton"].steps.redo_rows(*inputs, offset, sums, None, scratch[:68])
+    assert bool((scratch[68:] == 7.0).all()), "redo_rows wrote beyond its scratch"
+    torch.testing.assert_close(offset.double(), (hidden.double() @ weight.double().T).amax(1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
+def test_a_nan_reaches_every_row_that_it_should():
+    """In a row of hidden that row, in the bias all of them."""
+    case, ref = make_case(20, 24, 300, parts=("bias",)), make_case(20, 24, 300, seed=5)
+    for place, rows in ((case.hidden, [5]), (case.bias, list(range(20)))):
+        with torch.no_grad():
+            place[5 if place is case.hidden else 280] = torch.nan
+            stats = uk.token_stats(*case.inputs, **case.head)
+            kl = uk.linear_kl(case.hidden, case.weight, ref.hidden, ref.weight, **case.head)
+            value = uk.token_logprobs(*case.inputs, **case.head)
+        for column in (value, kl, stats.logprobs, stats.mean_logprob, stats.var_logprob):
+            assert column.isnan().nonzero()[:, 0].tolist() == rows
+
+
+@pytest.mark.parametrize(("width", "ref_width"), [(16, 17), (17, 16)])
+def test_kl_without_gradients_of_an_even_and_an_odd_width(width, ref_width):
+    case, ref = make_case(5, width, 60), make_case(5, ref_width, 60, seed=5)
+    value, truth = kl_both(case.hidden, case.weight, ref.hidden, ref.weight)
+    torch.testing.assert_close(value, truth, rtol=1e-5, atol=1e-5)
+
+
+def test_row_grad_in_blocks_of_rows():
+    _, coeff, e_coeff, e, targets = gradient_inputs(20, 1, 30, torch.float32, list(range(5, 25)))
+    matrix = torch.randn(30, 24, generator=generator(7)).to(device())
+    out = torch.empty(20, 24, device=device())
+    scratch = torch.empty(24 * 8, device=device())
+    backends.BACKENDS["triton"].steps.row_grad(e, matrix, targets, coeff, e_coeff, out, scratch)
+    truth = coeff[:, None].double() * matrix[targets].double()
+    truth -= e_coeff[:, None].double() * (e.double() @ matrix.double())
+    assert relative_error(out, truth) <= 1e-6
+
+
+def test_token_stats_of_a_memorised_row_below_the_last_bit_of_1():
+    """1 + exp(-40) is 1 in float64."""
+    hidden = torch.zeros(1, 300, device=device())
+    hidden[0, 3] = 40.0
+    value = uk.token_stats(hidden, torch.eye(300, device=device()), torch.tensor([3], device=device())).logprobs
+    truth = -299 * torch.exp(torch.tensor([-40.0], dtype=torch.float64, device=device()))
+    torch.testing.assert_close(value.double(), truth, rtol=1e-5, atol=0)
+
+
+def test_the_gradient_of_kl_does_not_see_how_far_the_logits_lie_from_0():
+    """Logits around 4096 and the reference's around -4096, all exact in float32; their differences are not."""
+    draw = generator(3)
+    weight = torch.randint(-256, 257, (70, 2), generator=draw) / 64.0
+    weight[:, 0] = 1.0
+    hidden, ref_hidden = (torch.randint(-8, 9, (10, 2), generator=draw) / 32.0 for _ in range(2))
+    hidden[:, 0], ref_hidden[:, 0] = 4096.0, -4096.0
+    hidden, weight, ref_hidden = (tensor.to(device()) for tensor in (hidden, weight, ref_hidden))
+
+    def run(function, dtype):
+        leaf = hidden.to(dtype, copy=True).requires_grad_()
+        value = function(leaf, weight.to(dtype), ref_hidden.to(dtype), weight.to(dtype))
+        return value.detach().double(), *(grad.double() for grad in torch.autograd.grad(value.sum(), leaf))
+
+    for mine, truth in zip(run(uk.linear_kl, torch.float32), run(reference.linear_kl, torch.float64), strict=True):
+        assert float((mine - truth).abs().max()) <= 2e-6
