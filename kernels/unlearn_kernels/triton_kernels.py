@@ -21,11 +21,14 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _cap(z, softcap):
-    """softcap tanh(z / softcap), from exp(-2|x|), which cannot overflow."""
+    """softcap tanh(z / softcap), from exp(-2|x|), which cannot overflow; near 0, where that cancels, from tanh's
+    series."""
     x = z / softcap
     decay = tl.exp(-2.0 * tl.abs(x))
     bounded = softcap * (1.0 - decay) / (1.0 + decay)
-    return tl.where(x < 0, -bounded, bounded)
+    square = x * x
+    series = z * (1.0 + square * (-0.333333333 + square * (0.133333333 - square * 0.053968254)))
+    return tl.where(square < 0.04, series, tl.where(x < 0, -bounded, bounded))
 
 
 @triton.jit

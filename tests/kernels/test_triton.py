@@ -614,6 +614,16 @@ def test_logits_far_beyond_the_softcap():
     assert float((value.double() - truth).abs().max()) <= 3e-5
 
 
+@pytest.mark.parametrize("softcap", [15.0, 200.0, 1e4, 1e6])
+def test_logits_far_below_the_softcap(softcap):
+    """1 - exp(-2 x) would cancel: an error of 3e-8 softcap in every logit."""
+    case = make_case(17, 24, 130)
+    with torch.no_grad():
+        value = uk.token_logprobs(*case.inputs, softcap=softcap)
+        truth = reference.token_logprobs(*case.like(torch.float64).inputs, softcap=softcap)
+    assert float((value.double() - truth).abs().max()) <= 5e-6
+
+
 def test_every_part_of_the_head_in_every_launch(monkeypatch):
     """Ordinary and redone rows in launches of 10."""
     monkeypatch.setattr(triton_backend, "ROWS_PER_LAUNCH", 10)

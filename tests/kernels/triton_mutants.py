@@ -114,6 +114,13 @@ TILES = (
         (f"{TRITON}::test_logits_far_beyond_the_softcap",),
     ),
     Mutant(
+        "triton: the softcap cancels near 0",
+        KERNELS,
+        "tl.where(square < 0.04, series,",
+        "tl.where(square < 0.0, series,",
+        (f"{TRITON}::test_logits_far_below_the_softcap",),
+    ),
+    Mutant(
         "triton: the right half of E lands on the left",
         KERNELS,
         "first_row, first_col + BLOCK_V // 2, t_rows",
