@@ -4,11 +4,14 @@
 RowValues serves every per-row value (log-probabilities, KL) under any upstream gradient:
     none       nothing wants a gradient: no E, 1 unit (2 for KL)
     keep       E of the batch fits the workspace and is kept; both products in the backward: 3 units, 2 with a side
-    frozen unscaled   it does not, and only hidden wants a gradient: E is used up chunk by chunk into an unscaled
-    dhidden in the forward;
-               the backward is a row scaling: 2 units
+               frozen
+    unscaled   it does not, and only hidden wants a gradient: E is used up chunk by chunk into an unscaled dhidden in
+               the forward; the backward is a row scaling: 2 units
+    columns    weights want one too, and the backend's products are cheap: E is computed again, a slice of the
+               vocabulary at a time, in the backward: 4 units, and each gradient is written once
     recompute  otherwise: E is computed again, chunk by chunk, in the backward: 4 units
-SequenceLoss knows the loss, so chunks of whole groups get their upstream gradient in the forward: 3 units at any size.
+SequenceLoss knows the loss, so chunks of whole groups get their upstream gradient in the forward: 3 units at any size;
+or "columns" as above.
 
 Neither backward writes into what the forward saved, so a retained graph gives the same gradients twice.
 """
@@ -59,6 +62,8 @@ def choose_schedule(problem: Problem) -> str:
         return "none"
     if problem.num_rows <= problem.rows_that_fit():
         return "keep"
+    if problem.by_columns():
+        return "columns"
     return "unscaled" if needs == Needs(True, False, False, False, False) else "recompute"
 
 
@@ -92,7 +97,10 @@ class RowValues(torch.autograd.Function):
             value, dhidden = _unscaled(problem)
             kept = (dhidden, None, None)
         else:
-            value = problem.evaluate(0, num_rows, None, problem.scratch(num_rows)).value_C
+            rows = problem.evaluate(0, num_rows, None, problem.scratch(num_rows))
+            value = rows.value_C
+            if schedule == "columns":
+                kept = (rows.target_coeff_C, rows.e_coeff_C, rows.offset_C)
         ctx.spec, ctx.schedule = spec, schedule
         ctx.save_for_backward(*inputs, *kept)
         return value
@@ -104,6 +112,8 @@ class RowValues(torch.autograd.Function):
             problem = Problem(hidden, weight, bias, lora_a, lora_b, targets, ref_hidden, ref_weight, ctx.spec)
             if ctx.schedule == "keep":
                 gradients = _from_kept(problem, kept, upstream)
+            elif ctx.schedule == "columns":
+                gradients = _by_columns(problem, kept, upstream)
             elif ctx.schedule == "unscaled":
                 gradients = problem.scaled(Gradients(hidden_NH=kept[0]), upstream)
             else:
@@ -117,6 +127,12 @@ def _from_kept(problem: Problem, kept: Any, upstream_N: Tensor) -> tuple[Tensor 
     grads = problem.new_gradients(final=True)
     problem.add_gradients(0, problem.num_rows, e_NV, rows, grads, problem.scratch(problem.num_rows))
     return problem.scaled(grads, None)
+
+
+def _by_columns(problem: Problem, kept: Any, upstream_N: Tensor) -> tuple[Tensor | None, ...]:
+    target_coeff_N, e_coeff_N, offset_N = kept
+    rows = Coefficients(upstream_N, target_coeff_N, e_coeff_N, offset_N).times(upstream_N)
+    return problem.scaled(problem.gradients_by_columns(rows), None)
 
 
 def _unscaled(problem: Problem) -> tuple[Tensor, Tensor | None]:
@@ -214,6 +230,9 @@ class SequenceLoss(torch.autograd.Function):
         elif problem.num_rows <= problem.rows_that_fit():
             e_NV, rows = run.keep()
             ctx.kind, saved = "keep", (e_NV, rows.target_coeff_C, rows.e_coeff_C, None, None)
+        elif problem.by_columns():
+            rows = run.values_first()
+            ctx.kind, saved = "columns", (rows.target_coeff_C, rows.e_coeff_C, rows.offset_C, None, None)
         else:
             ctx.kind, saved = "scale", _buffers(run.chunk_by_chunk())
         scores = run.scores()
@@ -232,6 +251,8 @@ class SequenceLoss(torch.autograd.Function):
             problem = Problem(hidden, weight, bias, lora_a, lora_b, targets, None, None, ctx.spec)
             if ctx.kind == "keep":
                 gradients = _from_kept(problem, saved[:3], upstream.expand(problem.num_rows))
+            elif ctx.kind == "columns":
+                gradients = _by_columns(problem, saved[:3], upstream.expand(problem.num_rows))
             else:
                 gradients = problem.scaled(Gradients(*saved), upstream)
         return *_once(gradients, upstream, hidden, weight, bias, lora_a, lora_b), None, None, None, None
@@ -269,10 +290,10 @@ class _LossRun:
         weight = slope.abs() * self.lengths
         return ~((weight == 0) | (weight < self.problem.spec.skip_below * weight.max()))
 
-    def values_first(self) -> Tensor:
+    def values_first(self) -> Coefficients:
         problem = self.problem
-        value = problem.evaluate(0, problem.num_rows, None, problem.scratch(problem.num_rows)).value_C
-        return self.score(0, self.index.shape[0], value)
+        rows = problem.evaluate(0, problem.num_rows, None, problem.scratch(problem.num_rows))
+        return rows.times(self.score(0, self.index.shape[0], rows.value_C))
 
     def keep(self) -> tuple[Tensor, Coefficients]:
         problem = self.problem

@@ -8,6 +8,7 @@ and dispatch-mode accounting see the schedule's buffers, and torch.compile sees 
 Which one serves what:
   triton  CUDA and ROCm devices of compute capability 8.0 on, for bf16, fp16 and float32: one fused kernel instead of a
           product and five passes. Forced by name it also runs on CPU tensors under Triton's interpreter.
+  native  CPU tensors of bf16, fp16 and float32 where the C++ library was built: bf16 heads fused on tile products.
   torch   any device, any dtype: the truth to fall back on, and the only one for float64.
 
 To add one: write a module with the functions of STEPS (or take some of them from `chunked`), call `register`, and say
@@ -20,14 +21,14 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks, chunked, tiles
+from . import checks, chunked, native, native_backend, tiles
 
 # Arguments shared by the steps that see logits. Shapes: C rows of the chunk, H hidden, V vocabulary, r LoRA rank.
 # lora_hidden is s h A^T in the accumulation dtype, so the logits gain lora_hidden B^T. softcap 0.0 means none.
@@ -71,12 +72,13 @@ _library = torch.library.Library("unlearn_kernels", "DEF")
 @dataclass(frozen=True)
 class Backend:
     """steps: one operator per name in STEPS. scratch(rows, width, vocab, is_cuda, max_elements): how long a scratch to
-    allocate."""
+    allocate. prefers_columns(hidden, weight): whether E again, by slices of the vocabulary, beats chunks of rows."""
 
     name: str
     steps: Any
     scratch_elements: Callable[..., int]
     kl_scratch_elements: Callable[..., int]
+    prefers_columns: Callable[[Tensor, Tensor], bool] = lambda hidden, weight: False
 
 
 BACKENDS: dict[str, Backend] = {}
@@ -91,7 +93,9 @@ def register(name: str, module: Any) -> None:
         _library.impl(operator_name, _exact(getattr(module, step)), "CompositeExplicitAutograd")
         torch.library.register_fake(f"unlearn_kernels::{operator_name}", _no_output, lib=_library)
         operators[step] = getattr(getattr(torch.ops.unlearn_kernels, operator_name), "default")  # noqa: B009
-    BACKENDS[name] = Backend(name, SimpleNamespace(**operators), module.scratch_elements, module.kl_scratch_elements)
+    backend = Backend(name, SimpleNamespace(**operators), module.scratch_elements, module.kl_scratch_elements)
+    prefers_columns = getattr(module, "prefers_columns", backend.prefers_columns)
+    BACKENDS[name] = replace(backend, prefers_columns=prefers_columns)
 
 
 def _no_output(*args: Any) -> None:
@@ -107,6 +111,7 @@ def _exact(step: Callable[..., None]) -> Callable[..., None]:
 
 
 register("torch", chunked)
+register("native", native_backend)
 
 
 def _checked_targets(targets: Tensor, vocab: int) -> Tensor:
@@ -164,14 +169,23 @@ def choose(hidden: Tensor, weight: Tensor, forced: str | None) -> Backend:
         if unserved := _triton_refusal(hidden):
             raise ValueError(f"options.backend is 'triton', which serves no {unserved}; accepted: 'torch' or None")
         return BACKENDS["triton"]
+    if forced == "native":
+        if not native.load():
+            raise ValueError("options.backend is 'native', which was not built; accepted: 'torch', 'triton' or None")
+        if hidden.device.type != "cpu" or hidden.dtype == torch.float64:
+            unserved = "float64" if hidden.dtype == torch.float64 else f"{hidden.device.type} tensors"
+            raise ValueError(f"options.backend is 'native', which serves no {unserved}; accepted: 'torch' or None")
+        return BACKENDS["native"]
     if forced is not None:
         if forced not in BACKENDS:
-            raise ValueError(f"options.backend is {forced!r}; accepted: 'torch', 'triton' or None")
+            raise ValueError(f"options.backend is {forced!r}; accepted: 'torch', 'native', 'triton' or None")
         return BACKENDS[forced]
     if hidden.is_cuda and _triton_refusal(hidden) is None:
         if not load_triton():
             return BACKENDS["triton"]
         _warn_without_triton()
+    if hidden.device.type == "cpu" and hidden.dtype != torch.float64 and native.load():
+        return BACKENDS["native"]
     return BACKENDS["torch"]
 
 

@@ -81,25 +81,45 @@ class _Moments:
         safe_mass_R = mass_R.clamp(min=1e-300)
         mean_R = (p_RK * z_RK).sum(1).double() / safe_mass_R
         square_R = p_RK.mul_(z_RK.sub_(mean_R[:, None].to(z_RK.dtype)).square_()).sum(1).double()
-        self._merge(mass_R.log() + base_R, mean_R + base_R, square_R / safe_mass_R)
-
-    def _merge(self, log_mass: Tensor, mean: Tensor, variance: Tensor) -> None:
-        total = torch.logaddexp(self.log_mass, log_mass)
-        share = torch.nan_to_num(torch.exp(log_mass - total), nan=0.0)
-        delta = mean - self.mean
-        self.variance = (1 - share) * self.variance + share * variance + share * (1 - share) * delta.square()
-        self.mean = self.mean + share * delta
-        self.log_mass = total
+        more = (mass_R.log() + base_R, mean_R + base_R, square_R / safe_mass_R)
+        self.log_mass, self.mean, self.variance = _merged((self.log_mass, self.mean, self.variance), more)
 
     def finish(self, targets_R: Tensor, vocab: int) -> Tensor:
-        """[4, R]: logprob, is_argmax, mean and variance of log p. A target outside [0, V) gives NaN."""
-        valid_R = (targets_R >= 0) & (targets_R < vocab)
-        # log p_y = -log(1 + rest / e_y): keeps its relative accuracy when p_y is next to 1.
-        logprob = -torch.nn.functional.softplus(self.log_mass - self.target, threshold=40.0)
-        self._merge(self.target, self.target, torch.zeros_like(self.target))
-        is_argmax = (self.argmax == targets_R).double()
-        stats = torch.stack([logprob, is_argmax, self.mean - self.log_mass, self.variance])
-        return torch.where(valid_R, stats, torch.nan)
+        moments = (self.log_mass, self.mean, self.variance)
+        return finish_stats(self.target, self.argmax, *moments, targets_R, vocab)
+
+
+_Mass = tuple[Tensor, Tensor, Tensor]  # log mass, mean, variance
+
+
+def _merged(some: _Mass, more: _Mass) -> _Mass:
+    (log_mass, mean, variance), (more_mass, more_mean, more_variance) = some, more
+    total = torch.logaddexp(log_mass, more_mass)
+    share = torch.nan_to_num(torch.exp(more_mass - total), nan=0.0)
+    delta = more_mean - mean
+    variance = (1 - share) * variance + share * more_variance + share * (1 - share) * delta.square()
+    return total, mean + share * delta, variance
+
+
+def finish_stats(
+    target_R: Tensor,
+    argmax_R: Tensor,
+    log_mass_R: Tensor,
+    mean_R: Tensor,
+    variance_R: Tensor,
+    targets_R: Tensor,
+    vocab: int,
+) -> Tensor:
+    """[4, R]: logprob, is_argmax, mean and variance of log p, from the target's logit, the index of the largest, and
+    log mass, mean and variance of the others. A target outside [0, V) gives NaN."""
+    valid_R = (targets_R >= 0) & (targets_R < vocab)
+    # log p_y = -log(1 + rest / e_y): keeps its relative accuracy when p_y is next to 1.
+    logprob = -torch.nn.functional.softplus(log_mass_R - target_R, threshold=40.0)
+    others = (log_mass_R, mean_R, variance_R)
+    log_mass, mean, variance = _merged(others, (target_R, target_R, torch.zeros_like(target_R)))
+    is_argmax = (argmax_R == targets_R).double()
+    stats = torch.stack([logprob, is_argmax, mean - log_mass, variance])
+    return torch.where(valid_R, stats, torch.nan)
 
 
 def kl_rows(

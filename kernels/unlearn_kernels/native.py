@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import pathlib
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +24,14 @@ def find_library() -> pathlib.Path | None:
     return None
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # a trace loads nothing and warns of nothing: it calls this, keeps the answer
 def load() -> bool:
     """Whether torch.ops.unlearn_native is there. Not there: one warning with the reason and the mending command."""
+    return _load()
+
+
+@functools.cache
+def _load() -> bool:
     path = find_library()
     if path is None:
         reason = "no _native*.so beside unlearn_kernels: the native kernels were not built"
@@ -35,8 +41,19 @@ def load() -> bool:
             return True
         except OSError as error:
             reason = f"{path} could not be loaded ({error}): it was built against another torch"
-    warnings.warn(f"unlearn_kernels runs its torch formulation on the CPU: {reason}. To mend: {_MEND}", stacklevel=2)
+    warnings.warn(f"unlearn_kernels runs its torch formulation on the CPU: {reason}. To mend: {_MEND}", stacklevel=4)
     return False
+
+
+def operators() -> Any:
+    """The library's operators, after load() said that they are there."""
+    return torch.ops.unlearn_native
+
+
+@functools.cache
+def serves_bf16() -> bool:
+    """Whether this CPU multiplies bf16 tiles into float32 (AMX or AVX-512 BF16)."""
+    return bool(operators().serves_bf16())
 
 
 def target_dot(hidden_CH: Tensor, weight_VH: Tensor, targets_C: Tensor, *, out: Tensor) -> bool:

@@ -18,7 +18,7 @@ class Options:
     workspace_bytes: the most memory for stored exponentials and scratch; None is 1 GiB on CUDA and 256 MiB elsewhere.
     skip_below: a sequence whose |dloss/dlogprob| x length is below this share of the call's largest is left out of
         both gradient products and reported inactive. 0 leaves nothing out.
-    backend: "torch" or "triton" to force one; None lets the device and dtype decide.
+    backend: "torch", "native" or "triton" to force one; None lets the device and dtype decide.
     """
 
     workspace_bytes: int | None = None

@@ -25,19 +25,24 @@ from .options import Needs, Spec, accumulation_dtype, exponential_dtype
 
 OFFSET = 40.0
 _LORA_BLOCK_ROWS = 1024
+# Slices of the vocabulary narrower than this would repack the rows for little.
+_FEWEST_COLUMNS = 1024
+_ADDED_ROWS = 4096
 
 
 class Coefficients(NamedTuple):
-    """value [C] float64 and what the gradient products need per row, all for an upstream gradient of 1."""
+    """value [C] float64 and what the gradient products need per row, all for an upstream gradient of 1; offset: E's m,
+    for whoever computes E again."""
 
     value_C: Tensor
     target_coeff_C: Tensor | None
     e_coeff_C: Tensor
+    offset_C: Tensor | None = None
 
     def times(self, upstream_C: Tensor) -> Coefficients:
         dtype, target_C = self.e_coeff_C.dtype, self.target_coeff_C
         target_C = None if target_C is None else (target_C * upstream_C).to(dtype)
-        return Coefficients(self.value_C, target_C, (self.e_coeff_C * upstream_C).to(dtype))
+        return Coefficients(self.value_C, target_C, (self.e_coeff_C * upstream_C).to(dtype), self.offset_C)
 
 
 @dataclass
@@ -102,9 +107,7 @@ class Problem:
             count, share = self.backend.kl_scratch_elements, 2
             wide = max(self.width, rank, self.ref_weight_VG.shape[1])
         gradients = any(self.spec.needs)
-        return count(
-            num_rows, wide, self.vocab, is_cuda=is_cuda, max_elements=elements // share, gradients=gradients
-        )
+        return count(num_rows, wide, self.vocab, is_cuda=is_cuda, max_elements=elements // share, gradients=gradients)
 
     def scratch(self, num_rows: int) -> Tensor:
         return self.empty(self.scratch_elements(num_rows))
@@ -145,9 +148,10 @@ class Problem:
         offset_C = target_logit_C + OFFSET
         steps.exp_sums(*inputs, offset_C, sums_C, e_CV, scratch)
         steps.redo_rows(*inputs, offset_C, sums_C, e_CV, scratch)
-        rows_C = Coefficients(self.empty(stop - start, dtype=torch.float64), *(self.empty(stop - start) for _ in "ab"))
-        steps.finish_rows(target_logit_C, offset_C, sums_C, *inputs[-2:], *rows_C)
-        return rows_C
+        value_C = self.empty(stop - start, dtype=torch.float64)
+        target_coeff_C, e_coeff_C = self.empty(stop - start), self.empty(stop - start)
+        steps.finish_rows(target_logit_C, offset_C, sums_C, *inputs[-2:], value_C, target_coeff_C, e_coeff_C)
+        return Coefficients(value_C, target_coeff_C, e_coeff_C, offset_C)
 
     def token_stats(self) -> Tensor:
         """float64 [4, N]: logprob, is_argmax, mean and variance of log p under p."""
@@ -184,6 +188,78 @@ class Problem:
             assert self.lora_hidden_NR is not None
             columns(self.lora_hidden_NR[span], grads.lora_b_VR)
         grads.accumulate = True
+
+    def columns_that_fit(self) -> int:
+        """Columns of E, for all rows, that fit the workspace beside the scratch."""
+        scratch_bytes = self.scratch_elements(self.num_rows) * self.dtype.itemsize
+        return (self.spec.workspace_bytes - scratch_bytes) // (self.num_rows * self.e_dtype.itemsize)
+
+    def by_columns(self) -> bool:
+        """Whether gradients of weights come from E computed again, a slice of the vocabulary at a time: where the
+        backend's products cost less than weight gradients that are accumulated in float32 over chunks of rows."""
+        needs, prefers = self.spec.needs, self.backend.prefers_columns
+        asked = self.targets_N is not None and (needs.weight or needs.bias or needs.lora_b)
+        return asked and prefers(self.hidden_NH, self.weight_VH) and self.columns_that_fit() >= _FEWEST_COLUMNS
+
+    def gradients_by_columns(self, rows: Coefficients) -> Gradients:
+        """All gradients, in their final dtypes, from rows with upstream applied: a slice of weight's gradient is formed
+        once, from all rows; hidden's accumulates over the slices in float32."""
+        assert self.targets_N is not None and rows.offset_C is not None and rows.target_coeff_C is not None
+        grads, steps, spec = self.new_gradients(final=True), self.backend.steps, self.spec
+        hidden_sum = None if grads.hidden_NH is None else self.empty(self.num_rows, self.width).zero_()
+        inner_sum = None
+        if self.lora_b_VR is not None and (grads.hidden_NH is not None or grads.lora_a_RH is not None):
+            inner_sum = self.empty(self.num_rows, self.lora_b_VR.shape[1]).zero_()
+        size = min(self.columns_that_fit(), self.vocab)
+        size = -(-self.vocab // -(-self.vocab // size) // 32) * 32 + 32 if size < self.vocab else size
+        e_flat = self.empty(self.num_rows * min(size, self.vocab), dtype=self.e_dtype)
+        scratch, ignored = self.scratch(self.num_rows), self.empty(self.num_rows)
+        for first in range(0, self.vocab, size):
+            cols = slice(first, min(first + size, self.vocab))
+            count = cols.stop - first
+            e_NS = e_flat[: self.num_rows * count].view(self.num_rows, count)
+            weight, bias = self.weight_VH[cols], None if self.bias_V is None else self.bias_V[cols]
+            lora_b = None if self.lora_b_VR is None else self.lora_b_VR[cols]
+            targets_N = self.targets_N - first
+            inputs = (self.hidden_NH, weight, targets_N, bias, self.lora_hidden_NR, lora_b)
+            steps.exp_sums(*inputs, spec.logit_scale, spec.softcap, rows.offset_C, ignored, e_NS, scratch)
+            # a target beyond the slice is left out by a coefficient of 0
+            inside_N = (targets_N >= 0) & (targets_N < count)
+            target = (targets_N.clamp(0, count - 1), torch.where(inside_N, rows.target_coeff_C, 0.0), rows.e_coeff_C)
+            for total, matrix in ((hidden_sum, weight), (inner_sum, lora_b)):
+                if total is not None and matrix is not None:
+                    self._add_row_grad(e_NS, matrix, *target, total, scratch)
+            columns = (
+                (self.hidden_NH, grads.weight_VH),
+                (rows.e_coeff_C.new_ones(self.num_rows, 1), None if grads.bias_V is None else grads.bias_V[:, None]),
+                (self.lora_hidden_NR, grads.lora_b_VR),
+            )
+            for rows_ND, out_VD in columns:
+                if out_VD is not None and rows_ND is not None:
+                    steps.col_grad(e_NS, rows_ND, *target, False, out_VD[cols], scratch)
+        if grads.hidden_NH is not None and hidden_sum is not None:
+            grads.hidden_NH.copy_(hidden_sum)
+        if inner_sum is not None:
+            self._add_lora_a(0, inner_sum, grads)
+        return grads
+
+    def _add_row_grad(
+        self,
+        e_NS: Tensor,
+        matrix_SD: Tensor,
+        targets_N: Tensor,
+        target_coeff_N: Tensor,
+        e_coeff_N: Tensor,
+        total_ND: Tensor,
+        scratch: Tensor,
+    ) -> None:
+        part = self.empty(min(self.num_rows, _ADDED_ROWS), matrix_SD.shape[1])
+        for start in range(0, self.num_rows, _ADDED_ROWS):
+            rows = slice(start, min(start + _ADDED_ROWS, self.num_rows))
+            out = part[: rows.stop - start]
+            of_rows = (targets_N[rows], target_coeff_N[rows], e_coeff_N[rows])
+            self.backend.steps.row_grad(e_NS[rows], matrix_SD, *of_rows, out, scratch)
+            total_ND[rows].add_(out)
 
     def _add_lora_a(self, start: int, inner_CR: Tensor, grads: Gradients) -> None:
         """dlogits B = inner: dhidden += s inner A and dA += s inner^T h, a thousand rows at a time."""

@@ -29,7 +29,7 @@ def device() -> torch.device:
 
 def widest() -> torch.dtype:
     """The most precise dtype the backend at hand serves; SMALL[widest()] is its bound."""
-    return torch.float32 if _backend == "triton" else torch.float64
+    return torch.float64 if _backend == "torch" else torch.float32
 
 
 def interpreted() -> bool:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.kernels import cases
-from unlearn_kernels import backends
+from unlearn_kernels import backends, native
 
 ON_CUDA = torch.cuda.is_available()
 
@@ -30,14 +30,16 @@ def _nearest_bf16(convert):
     return convert_float
 
 
-@pytest.fixture(params=["torch", "triton", *(["torch on cuda"] if ON_CUDA else [])])
+@pytest.fixture(params=["torch", "native", "triton", *(["torch on cuda"] if ON_CUDA else [])])
 def backend(request, monkeypatch):
     """The backend that serves wherever a test forces none. With CUDA `cases.device()` is the GPU for triton, compiled
     there; without, triton is interpreted on CPU tensors."""
     name = request.param.split()[0]
     if name == "triton" and (reason := backends.load_triton()):
         pytest.skip(f"triton cannot be imported: {reason}")
-    on_cuda = ON_CUDA and request.param != "torch"
+    if name == "native" and not native.load():
+        pytest.skip("the native library is not built (tests/test_native.py)")
+    on_cuda = ON_CUDA and request.param not in ("torch", "native")
     monkeypatch.setattr(cases, "_device", torch.device("cuda" if on_cuda else "cpu"))
     monkeypatch.setattr(cases, "_backend", name)
     monkeypatch.setenv("UNLEARN_KERNELS_AUTOTUNE", "0")
@@ -49,8 +51,8 @@ def backend(request, monkeypatch):
     choose = backends.choose
 
     def choose_this(hidden, weight, forced):
-        if forced is None and name == "triton" and hidden.dtype == torch.float64:
-            pytest.skip("the triton backend refuses float64 (test_triton_refusals.py)")
+        if forced is None and name != "torch" and hidden.dtype == torch.float64:
+            pytest.skip(f"the {name} backend refuses float64 (test_refusals.py, test_triton_refusals.py)")
         return choose(hidden, weight, forced or name)
 
     monkeypatch.setattr(backends, "choose", choose_this)

@@ -54,7 +54,7 @@ TOKENS = [
     (
         (HIDDEN, WEIGHT, TARGETS),
         {"options": uk.Options(backend="nonesuch")},
-        "options.backend is 'nonesuch'; accepted: 'torch', 'triton' or None",
+        "options.backend is 'nonesuch'; accepted: 'torch', 'native', 'triton' or None",
     ),
 ]
 
@@ -138,12 +138,12 @@ def launched(monkeypatch):
 
         return run
 
-    steps = SimpleNamespace(
-        **{name: recorded(name, step) for name, step in vars(backends.BACKENDS["torch"].steps).items()}
-    )
     from dataclasses import replace
 
-    monkeypatch.setitem(backends.BACKENDS, "torch", replace(backends.BACKENDS["torch"], steps=steps))
+    for backend in ("torch", "native"):
+        given = backends.BACKENDS[backend]
+        steps = SimpleNamespace(**{name: recorded(name, step) for name, step in vars(given.steps).items()})
+        monkeypatch.setitem(backends.BACKENDS, backend, replace(given, steps=steps))
     return names
 
 
@@ -158,7 +158,7 @@ def test_launched_does_record(launched):
 
 def test_a_missing_native_library_warns_once_with_the_command(monkeypatch):
     monkeypatch.setattr(native, "find_library", lambda: None)
-    native.load.cache_clear()
+    native._load.cache_clear()
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -169,7 +169,7 @@ def test_a_missing_native_library_warns_once_with_the_command(monkeypatch):
         assert len(caught) == 1
         assert "pip install --no-build-isolation -e ." in str(caught[0].message)
     finally:
-        native.load.cache_clear()
+        native._load.cache_clear()
     truth = uk.token_logprobs(HIDDEN.double(), WEIGHT.double(), TARGETS)
     torch.testing.assert_close(value.double(), truth, rtol=1e-6, atol=1e-5)
 
@@ -178,12 +178,12 @@ def test_a_library_that_does_not_load_warns_with_the_reason(monkeypatch, tmp_pat
     broken = tmp_path / "_native.so"
     broken.write_bytes(b"not a library")
     monkeypatch.setattr(native, "find_library", lambda: broken)
-    native.load.cache_clear()
+    native._load.cache_clear()
     try:
         with pytest.warns(UserWarning, match="could not be loaded"):
             uk.token_logprobs(HIDDEN, WEIGHT, TARGETS)
     finally:
-        native.load.cache_clear()
+        native._load.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -125,5 +125,5 @@ def test_cpu_tensors_go_to_torch_even_under_the_interpreter():
 
 
 def test_an_unknown_backend_names_the_known_ones():
-    with pytest.raises(ValueError, match="options.backend is 'cuda'; accepted: 'torch', 'triton' or None"):
+    with pytest.raises(ValueError, match="options.backend is 'cuda'; accepted: 'torch', 'native', 'triton' or None"):
         backends.choose(torch.zeros(1, 1), torch.zeros(1, 1), "cuda")
