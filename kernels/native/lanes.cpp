@@ -2,6 +2,10 @@
 #include "lanes.h"
 #include "vectors.h"
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 namespace unlearn_native::UNLEARN_ISA {
 namespace {
 
@@ -26,50 +30,52 @@ UNLEARN_INLINE void load_block(
 }
 
 void pack_tokens(const bf16_bits* rows, int64_t row_stride, int64_t count, int64_t width, bf16_bits* out) {
+  const int64_t panel = round_up(width, 32) * kPanel;
   for (int64_t t = 0; t < kBlockT; t += 16) {
+    bf16_bits* const to = out + t / kPanel * panel + t % kPanel * 2;
     for (int64_t k = 0; k < width; k += 32) {
       words block[16];
       load_block(block, rows + t * row_stride + k, row_stride, count - t, width - k);
       transpose(block);
       for (int64_t pair = 0; pair < 16; ++pair) {
-        store(out + ((k / 2 + pair) * kBlockT + t) * 2, block[pair]);
+        store(to + (k / 2 + pair) * kPanel * 2, block[pair]);
       }
     }
   }
 }
 
 void pack_rows(
-    const bf16_bits* rows, int64_t row_stride, const float* factor, int64_t count, int64_t width, int64_t out_width,
-    bf16_bits* out) {
-  for (int64_t i = 0; i < round_up(count, 32); i += 2) {
-    bf16_bits* to = out + i * out_width;
+    const bf16_bits* rows, int64_t row_stride, const float* factor, int64_t count, int64_t width, bf16_bits* out) {
+  const int64_t depth = round_up(count, 32), panel = depth * kPanel;
+  for (int64_t i = 0; i < depth; i += 2) {
     const bool first = i < count, second = i + 1 < count;
     const bf16_bits* low_row = rows + i * row_stride;
     const bf16_bits* high_row = low_row + row_stride;
-    int64_t j = 0;
-    for (; first && second && j + kLanes <= width; j += kLanes) {
-      if (factor == nullptr) {
-        const words low = __builtin_convertvector(load<halves>(low_row + j), words);
-        const words high = __builtin_convertvector(load<halves>(high_row + j), words);
-        store(to + 2 * j, low | (high << 16));
-      } else {
-        const words low = to_bf16(from_bf16(load<halves>(low_row + j)) * factor[i]);
-        const words high = to_bf16(from_bf16(load<halves>(high_row + j)) * factor[i + 1]);
-        store(to + 2 * j, low | (high << 16));
+    // a row is about a page, where hardware prefetchers stop
+    for (int64_t ahead = i + 8; ahead < i + 10 && ahead < count; ++ahead) {
+      for (int64_t j = 0; j < width; j += 32) {
+        __builtin_prefetch(rows + ahead * row_stride + j, 0, 2);
       }
     }
-    for (; j < out_width; ++j) {
-      for (int64_t odd = 0; odd < 2; ++odd) {
-        bf16_bits value = 0;
-        if (i + odd < count && j < width) {
-          value = rows[(i + odd) * row_stride + j];
-          if (factor != nullptr) {
-            const floats x = from_bits(words{} + (static_cast<uint32_t>(value) << 16));
-            value = static_cast<bf16_bits>(to_bf16(x * factor[i + odd])[0]);
-          }
+    for (int64_t j = 0; j < round_up(width, 32); j += kLanes) {
+      halves low = {}, high = {};
+      if (j + kLanes <= width) {
+        low = first ? load<halves>(low_row + j) : low;
+        high = second ? load<halves>(high_row + j) : high;
+      } else if (j < width) {
+        if (first) {
+          std::memcpy(&low, low_row + j, (width - j) * sizeof(bf16_bits));
         }
-        to[2 * j + odd] = value;
+        if (second) {
+          std::memcpy(&high, high_row + j, (width - j) * sizeof(bf16_bits));
+        }
       }
+      words pair = __builtin_convertvector(low, words) | (__builtin_convertvector(high, words) << 16);
+      if (factor != nullptr) {
+        const float a = first ? factor[i] : 0.0f, b = second ? factor[i + 1] : 0.0f;
+        pair = to_bf16(from_bf16(low) * a) | (to_bf16(from_bf16(high) * b) << 16);
+      }
+      store(out + j / kPanel * panel + (i / 2 * kPanel + j % kPanel) * 2, pair);
     }
   }
 }
@@ -84,7 +90,9 @@ void transpose_rows(
         halves part[2] = {};
         for (int64_t odd = 0; odd < 2; ++odd) {
           const int64_t row = t + 2 * pair + odd;
-          if (row < count) {
+          if (row < count && columns == 16) {
+            part[odd] = load<halves>(rows + row * row_stride + v);
+          } else if (row < count) {
             std::memcpy(&part[odd], rows + row * row_stride + v, columns * sizeof(bf16_bits));
           }
         }
@@ -143,7 +151,7 @@ UNLEARN_INLINE void exp_block(
         const floats high = term_and_e(v + 2 * pair + 1, high_term);
         part += low_term + high_term;
         if constexpr (store_e) {
-          pairs[pair] = to_bf16(low) | (to_bf16(high) << 16);
+          pairs[pair] = bf16_pair(low, high);
         }
       }
     } else {
@@ -159,8 +167,15 @@ UNLEARN_INLINE void exp_block(
     total += part;
     if constexpr (store_e) {
       transpose(pairs);
-      for (int64_t t = 0; t < count; ++t) {
-        std::memcpy(e + t * e_stride + first + v, &pairs[t], columns * sizeof(bf16_bits));
+      if (columns == 32 && count == kLanes) {
+#pragma GCC unroll 16
+        for (int64_t t = 0; t < kLanes; ++t) {
+          store(e + t * e_stride + v, pairs[t]);
+        }
+      } else {
+        for (int64_t t = 0; t < count; ++t) {
+          std::memcpy(e + t * e_stride + v, &pairs[t], columns * sizeof(bf16_bits));
+        }
       }
     }
   }
@@ -197,6 +212,19 @@ void exp_tile(
       default: run.template operator()<true, true, true>(); break;
     }
   }
+}
+
+void stream(const bf16_bits* from, int64_t count, bf16_bits* to) {
+  int64_t i = 0;
+#ifdef __AVX512F__
+  if ((reinterpret_cast<uintptr_t>(to) & 63) == 0) {
+    for (; i + 32 <= count; i += 32) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+    }
+    _mm_sfence();
+  }
+#endif
+  std::memcpy(to + i, from + i, (count - i) * sizeof(bf16_bits));
 }
 
 template <bool capped>
@@ -367,7 +395,11 @@ void logit_block(
     }
     transpose(block);
     for (int64_t t = 0; t < count; ++t) {
-      std::memcpy(out + t * out_stride + v, &block[t], columns * sizeof(float));
+      if (columns == 16) {
+        store(out + t * out_stride + v, block[t]);
+      } else {
+        std::memcpy(out + t * out_stride + v, &block[t], columns * sizeof(float));
+      }
     }
   }
 }
@@ -543,7 +575,7 @@ void combine_rows(
 
 extern const Lanes table;
 const Lanes table = {
-    UNLEARN_ISA_NAME, pack_tokens, pack_rows, transpose_rows, exp_tile, exp_row, stats_tile, merge_moments, logit_rows,
+    UNLEARN_ISA_NAME, pack_tokens, pack_rows, transpose_rows, exp_tile, stream, exp_row, stats_tile, merge_moments, logit_rows,
     kl_row, combine_rows<float>, combine_rows<bf16_bits>,
 };
 

@@ -14,7 +14,8 @@ struct Head {
   float softcap;
 };
 
-constexpr int64_t kBlockT = 64;  // tokens of a packed block
+constexpr int64_t kBlockT = 64;  // tokens of a tile of logits
+constexpr int64_t kPanel = 32;   // columns of a panel of a product's second operand
 
 // Of 64 tokens, over the columns seen so far: the largest logit and its lowest column; the logit of the target; and,
 // over the columns but the target, the mass sum exp(z - base), mean and variance of z - base under it.
@@ -35,15 +36,14 @@ struct Moments {
 struct Lanes {
   const char* isa;
 
-  // [count <= 64, width] bf16 rows as pairs of columns, the second operand of a bf16 product: out[k / 2][t][k % 2], 64
-  // tokens wide; width is rounded up to 32, and what is beyond count and width is 0.
+  // [count <= 64, width] bf16 rows, tokens, as the columns of a product's second operand: panels of 32 tokens, in each
+  // pairs of k side by side: out[t / 32][k / 2][t % 32][k % 2]. The width is rounded up to 32; beyond it and count is 0.
   void (*pack_tokens)(const bf16_bits* rows, int64_t row_stride, int64_t count, int64_t width, bf16_bits* out);
 
-  // [count, width] rows as pairs of rows: out[i / 2][j][i % 2] = factor_i rows[i][j], `out_width` columns wide, zero
-  // beyond count (rounded up to 32) and width. factor null: 1.
+  // [count, width] rows as those of a product's second operand: out[j / 32][i / 2][j % 32][i % 2] = factor_i rows[i][j];
+  // count and width are rounded up to 32, beyond is 0. factor null: 1.
   void (*pack_rows)(
-      const bf16_bits* rows, int64_t row_stride, const float* factor, int64_t count, int64_t width, int64_t out_width,
-      bf16_bits* out);
+      const bf16_bits* rows, int64_t row_stride, const float* factor, int64_t count, int64_t width, bf16_bits* out);
 
   // out[v][t] = rows[t][v] for t < count and v < width; out's rows are out_stride apart and 0 up to count rounded up to
   // 32.
@@ -51,13 +51,15 @@ struct Lanes {
       const bf16_bits* rows, int64_t row_stride, int64_t count, int64_t width, bf16_bits* out, int64_t out_stride);
 
   // sums[t] += sum over v of exp(z - offset[t]) without v = target[t], for a tile of products [num_v, 64] whose first
-  // column is `first`; e (may be null) gets those terms, times the softcap's slope, as bf16 e[t][first + v] for
-  // t < count.
+  // column is `first`; e (may be null) gets those terms, times the softcap's slope, as bf16 e[t][v] for t < count.
   void (*exp_tile)(
       const float* tile, int64_t first, int64_t num_v, int64_t count, const Head& head, const float* offset,
       const int32_t* target, double* sums, bf16_bits* e, int64_t e_stride);
 
-  // The same for one row of products z[0:num_v], in place: z becomes E in float32; returns the sum.
+  // Copies to memory that is not read soon: past the cache where the address allows.
+  void (*stream)(const bf16_bits* from, int64_t count, bf16_bits* to);
+
+  // exp_tile for one row of products z[0:num_v], in place: z becomes E in float32; returns the sum.
   double (*exp_row)(float* z, int64_t first, int64_t num_v, const Head& head, float offset, int64_t target);
 
   // Adds a tile of products (overwritten) to the moments of its tokens, whose columns come in rising order.

@@ -1,5 +1,7 @@
 #include "products.h"
 
+#include "amx.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 #include <c10/util/BFloat16.h>
@@ -56,16 +58,45 @@ void on_threads(int64_t threads, int64_t count, const Function& fn) {
     for (int64_t thread = first; thread < last; ++thread) {
       fn(thread, thread * count / threads, (thread + 1) * count / threads);
     }
+    if (has_amx()) {
+      amx_release();
+    }
     cpublas::brgemm_release();
   });
 }
 
+// Copies rows, reading ahead: hardware prefetchers stop at the end of a page, and a row of a weight is about one.
+void copy_rows(
+    const bf16_bits* from, int64_t from_stride, int64_t count, int64_t width, int64_t padded, bf16_bits* to,
+    int64_t to_stride) {
+  constexpr int64_t kLine = 32, kAhead = 4;  // elements of a cache line; rows
+  for (int64_t i = 0; i < count; ++i) {
+    const bf16_bits* const row = from + i * from_stride;
+    bf16_bits* const out = to + i * to_stride;
+    if (i + kAhead < count) {
+      const bf16_bits* const later = row + kAhead * from_stride;
+      for (int64_t k = 0; k < width; k += kLine) {
+        __builtin_prefetch(later + k, 0, 2);
+      }
+    }
+    std::memcpy(out, row, width * sizeof(bf16_bits));
+    std::fill(out + width, out + padded, bf16_bits{0});
+  }
+}
+
+// c [m, n] (+)= a [m, k] b, all multiples of 32, b in panels (amx.h).
 void product(
-    int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const bf16_bits* a,
-    const bf16_bits* b, float* c) {
-  cpublas::brgemm(
-      m, n, k, lda, ldb, ldc, add, reinterpret_cast<const at::BFloat16*>(a), reinterpret_cast<const at::BFloat16*>(b), c,
-      true);
+    int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldc, bool add, const bf16_bits* a, const bf16_bits* b,
+    float* c) {
+  if (has_amx()) {
+    amx_product(m, n, k, lda, ldc, add, a, b, c);
+    return;
+  }
+  for (int64_t column = 0; column < n; column += kPanel) {
+    cpublas::brgemm(
+        m, kPanel, k, lda, kPanel, ldc, add, reinterpret_cast<const at::BFloat16*>(a),
+        reinterpret_cast<const at::BFloat16*>(b + column * k), c + column, true);
+  }
 }
 
 // -- tiles of logits -----------------------------------------------------------------------------------------------
@@ -122,22 +153,12 @@ void for_each_tile(
     tiles[thread] = arena.take<float>(size.tile);
     low_rank_b[thread] = arena.take<float>(size.low_rank_b);
   }
-  // a copy costs one pass over the weight; few tokens do not earn it back
-  const bool copied = size.depth != width || size.blocks >= 4;
   on_threads(size.threads, ceil_div(vocab, size.tile_v), [&](int64_t thread, int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
       const int64_t first = index * size.tile_v, num_v = std::min(size.tile_v, vocab - first);
-      const bf16_bits* rows = weight.data + first * weight.stride;
-      int64_t stride = weight.stride;
-      if (copied) {
-        stride = size.depth + kSkew;
-        for (int64_t v = 0; v < num_v; ++v) {
-          bf16_bits* const to = weights[thread] + v * stride;
-          std::memcpy(to, rows + v * weight.stride, width * sizeof(bf16_bits));
-          std::fill(to + width, to + size.depth, bf16_bits{0});
-        }
-        rows = weights[thread];
-      }
+      const int64_t stride = size.depth + kSkew;
+      copy_rows(
+          weight.data + first * weight.stride, weight.stride, num_v, width, size.depth, weights[thread], stride);
       for (int64_t v = 0; v < num_v && rank > 0; ++v) {
         float* const to = low_rank_b[thread] + v * rank;
         const int64_t at = (first + v) * low_rank.b_stride;
@@ -151,7 +172,8 @@ void for_each_tile(
       for (int64_t block = 0; block < size.blocks; ++block) {
         const int64_t t = block * kBlockT;
         product(
-            num_v, kBlockT, size.depth, stride, kBlockT, kBlockT, false, rows, packed + block * block_elements, tile);
+            round_up(num_v, 32), kBlockT, size.depth, stride, kBlockT, false, weights[thread],
+            packed + block * block_elements, tile);
         if (rank > 0) {
           cpublas::brgemm(
               num_v, kBlockT, rank, rank, kBlockT, kBlockT, true, low_rank_b[thread], inner + block * rank * kBlockT,
@@ -180,7 +202,7 @@ bool serves_bf16() {
 
 int64_t exp_sums_bytes(int64_t num_rows, int64_t width, int64_t rank) {
   const TileSizes size(num_rows, width, rank);
-  return size.bytes() + size.rows * (8 + 8 * size.threads) + 64 * (2 + size.threads);
+  return size.bytes() + size.rows * (8 + 8 * size.threads) + size.threads * 2 * size.tile + 64 * (2 + 2 * size.threads);
 }
 
 void exp_sums(
@@ -188,6 +210,7 @@ void exp_sums(
     float* sums, bf16_bits* e, int64_t e_stride, void* scratch, int64_t scratch_bytes) {
   const int64_t num_rows = hidden.rows;
   const TileSizes size(num_rows, hidden.columns, low_rank.rank);
+  const Lanes& lane = lanes();
   Arena arena(scratch, scratch_bytes);
   float* const offsets = arena.take<float>(size.rows);
   int32_t* const targets = arena.take<int32_t>(size.rows);
@@ -198,12 +221,21 @@ void exp_sums(
     part = arena.take<double>(size.rows);
     std::fill(part, part + size.rows, 0.0);
   }
+  // E's rows are far apart: a tile of them is gathered first, and then written in longer runs
+  std::vector<bf16_bits*> gathered(size.threads);
+  for (bf16_bits*& tile : gathered) {
+    tile = arena.take<bf16_bits>(size.tile);
+  }
   for_each_tile(
       size, hidden, weight, low_rank, arena,
       [&](int64_t thread, float* tile, int64_t first, int64_t num_v, int64_t t, int64_t count) {
-        lanes().exp_tile(
+        bf16_bits* const rows = gathered[thread]; 
+        lane.exp_tile(
             tile, first, num_v, count, head, offsets + t, targets + t, partial[thread] + t,
-            e == nullptr ? nullptr : e + t * e_stride, e_stride);
+            e == nullptr ? nullptr : rows, size.tile_v);
+        for (int64_t i = 0; e != nullptr && i < count; ++i) {
+          lane.stream(rows + i * size.tile_v, num_v, e + (t + i) * e_stride + first);
+        }
       });
   for (int64_t t = 0; t < num_rows; ++t) {
     double sum = 0.0;
@@ -279,11 +311,11 @@ void logits(
 namespace {
 
 constexpr int64_t kRowBlock = 128;     // tokens
-constexpr int64_t kDepthBlock = 1024;  // vocabulary columns of one product
-constexpr int64_t kWidthBlock = 512;
+constexpr int64_t kDepthBlock = 512;   // vocabulary columns of one product
+constexpr int64_t kWidthBlock = 1024;
 
 struct RowGradSizes {
-  int64_t threads, across, down, width_block, accumulators, packed, rows;
+  int64_t threads, across, down, width_block, stride, accumulators, packed, rows;
 
   RowGradSizes(int64_t num_rows, int64_t width) : threads(at::get_num_threads()) {
     // threads share the width first, so that each packs its own part of the matrix; then, if that leaves too little, the
@@ -295,13 +327,14 @@ struct RowGradSizes {
     down = threads / across;
     const int64_t share = ceil_div(width, across);
     width_block = round_up(ceil_div(share, ceil_div(share, kWidthBlock)), 32);
-    accumulators = num_rows * width;
+    stride = round_up(width, 32);
+    accumulators = round_up(num_rows, 32) * stride;
     packed = kDepthBlock * width_block;
     rows = kRowBlock * (kDepthBlock + kSkew);
   }
 
   int64_t bytes() const {
-    return 4 * accumulators + threads * (2 * packed + 2 * rows + 4 * kRowBlock * width_block) + 64 * (2 + 3 * threads);
+    return 4 * accumulators + threads * (2 * packed + 2 * rows) + 64 * (2 + 2 * threads);
   }
 };
 
@@ -321,11 +354,9 @@ void row_grad(
   Arena arena(scratch, scratch_bytes);
   float* const sums = arena.take<float>(size.accumulators);
   std::vector<bf16_bits*> packed(size.threads), rows(size.threads);
-  std::vector<float*> tiles(size.threads);
   for (int64_t thread = 0; thread < size.threads; ++thread) {
     packed[thread] = arena.take<bf16_bits>(size.packed);
     rows[thread] = arena.take<bf16_bits>(size.rows);
-    tiles[thread] = arena.take<float>(kRowBlock * size.width_block);
   }
   const int64_t width_blocks = ceil_div(width, size.width_block), row_blocks = ceil_div(num_rows, kRowBlock);
   on_threads(size.threads, size.threads, [&](int64_t thread, int64_t, int64_t) {
@@ -337,30 +368,14 @@ void row_grad(
       const int64_t h = h_block * size.width_block, num_h = std::min(size.width_block, width - h);
       for (int64_t v = 0; v < vocab; v += kDepthBlock) {
         const int64_t num_v = std::min(kDepthBlock, vocab - v), depth = round_up(num_v, 32);
-        lane.pack_rows(
-            matrix.data + v * matrix.stride + h, matrix.stride, nullptr, num_v, num_h, size.width_block, packed[thread]);
+        lane.pack_rows(matrix.data + v * matrix.stride + h, matrix.stride, nullptr, num_v, num_h, packed[thread]);
         for (int64_t block = first_row; block < last_row; ++block) {
           const int64_t t = block * kRowBlock, count = std::min(kRowBlock, num_rows - t);
           const int64_t stride = kDepthBlock + kSkew;
-          for (int64_t i = 0; i < count; ++i) {
-            bf16_bits* const to = rows[thread] + i * stride;
-            std::memcpy(to, e.data + (t + i) * e.stride + v, num_v * sizeof(bf16_bits));
-            std::fill(to + num_v, to + depth, bf16_bits{0});
-          }
-          // whole blocks of width go straight to their sums; the last one may stick out
-          if (num_h == size.width_block) {
-            product(
-                count, num_h, depth, stride, size.width_block, width, v > 0, rows[thread], packed[thread],
-                sums + t * width + h);
-          } else {
-            product(
-                count, size.width_block, depth, stride, size.width_block, size.width_block, false, rows[thread],
-                packed[thread], tiles[thread]);
-            for (int64_t i = 0; i < count; ++i) {
-              lane.combine(
-                  nullptr, 0.0f, tiles[thread] + i * size.width_block, 1.0f, v > 0, num_h, sums + (t + i) * width + h);
-            }
-          }
+          copy_rows(e.data + t * e.stride + v, e.stride, count, num_v, depth, rows[thread], stride);
+          product(
+              round_up(count, 32), round_up(num_h, 32), depth, stride, size.stride, v > 0, rows[thread], packed[thread],
+              sums + t * size.stride + h);
         }
       }
     }
@@ -374,9 +389,9 @@ void row_grad(
         coeff = target_coeff[t];
       }
       if constexpr (std::is_same_v<out_t, float>) {
-        lane.combine(picked, coeff, sums + t * width, -e_coeff[t], false, width, out + t * out_stride);
+        lane.combine(picked, coeff, sums + t * size.stride, -e_coeff[t], false, width, out + t * out_stride);
       } else {
-        lane.combine_bf16(picked, coeff, sums + t * width, -e_coeff[t], false, width, out + t * out_stride);
+        lane.combine_bf16(picked, coeff, sums + t * size.stride, -e_coeff[t], false, width, out + t * out_stride);
       }
     }
   });
@@ -385,6 +400,8 @@ void row_grad(
 // -- col_grad ----------------------------------------------------------------------------------------------------------
 
 namespace {
+
+constexpr int64_t kWidthTile = 4 * kBlockT;  // of sums that are written together: runs of 512 bytes of bf16
 
 struct ColGradSizes {
   int64_t threads, depth, tile_v, width_blocks, packed, columns, tile;
@@ -396,7 +413,7 @@ struct ColGradSizes {
         width_blocks(ceil_div(width, kBlockT)),
         packed(width_blocks * kBlockT * depth),
         columns(tile_v * (depth + kSkew)),
-        tile(tile_v * kBlockT) {}
+        tile(tile_v * kWidthTile) {}
 
   int64_t bytes() const {
     return 2 * packed + threads * (2 * columns + 4 * tile) + 64 * (2 + 2 * threads);
@@ -428,7 +445,7 @@ void col_grad(
     for (int64_t block = begin; block < end; ++block) {
       const int64_t h = block * kBlockT;
       lane.pack_rows(
-          rows.data + h, rows.stride, e_coeff, num_rows, std::min(kBlockT, width - h), kBlockT,
+          rows.data + h, rows.stride, e_coeff, num_rows, std::min(kBlockT, width - h),
           packed + block * kBlockT * size.depth);
     }
   });
@@ -449,24 +466,24 @@ void col_grad(
       const int64_t first = tile * size.tile_v, num_v = std::min(size.tile_v, vocab - first);
       lane.transpose(e.data + first, e.stride, num_rows, num_v, columns[thread], stride);
       const auto from = first_of(first), to = first_of(first + num_v);
-      for (int64_t block = 0; block < size.width_blocks; ++block) {
-        const int64_t h = block * kBlockT, num_h = std::min(kBlockT, width - h);
+      for (int64_t h = 0; h < width; h += kWidthTile) {
+        const int64_t num_h = std::min(kWidthTile, width - h);
         float* const sums = tiles[thread];
         product(
-            num_v, kBlockT, size.depth, stride, kBlockT, kBlockT, false, columns[thread],
-            packed + block * kBlockT * size.depth, sums);
+            round_up(num_v, 32), round_up(num_h, 32), size.depth, stride, kWidthTile, false, columns[thread],
+            packed + h * size.depth, sums);
         for (auto row = from; row != to; ++row) {
           // the tile is subtracted as a whole
           lane.combine(
               rows.data + *row * rows.stride + h, -target_coeff[*row], nullptr, 0.0f, true, num_h,
-              sums + (target[*row] - first) * kBlockT);
+              sums + (target[*row] - first) * kWidthTile);
         }
         for (int64_t v = 0; v < num_v; ++v) {
           out_t* const line = out + (first + v) * out_stride + h;
           if constexpr (std::is_same_v<out_t, float>) {
-            lane.combine(nullptr, 0.0f, sums + v * kBlockT, -1.0f, accumulate, num_h, line);
+            lane.combine(nullptr, 0.0f, sums + v * kWidthTile, -1.0f, accumulate, num_h, line);
           } else {
-            lane.combine_bf16(nullptr, 0.0f, sums + v * kBlockT, -1.0f, accumulate, num_h, line);
+            lane.combine_bf16(nullptr, 0.0f, sums + v * kWidthTile, -1.0f, accumulate, num_h, line);
           }
         }
       }
