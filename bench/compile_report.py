@@ -134,7 +134,7 @@ def launches(target: str, quick: bool) -> Iterator[tuple[str, str, Launch]]:
     def fresh(case: Case, only: str = "") -> Iterator[tuple[str, str, Launch]]:
         for launch in run_case(case, target).distinct():
             name = configuration(launch)
-            kind = f"{name} {case.name}" if launch.name in _BY_HEAD else name if "TILES" in launch.arguments else ""
+            kind = f"{name} {case.name}" if launch.name in _BY_HEAD else name if "tiles" in launch.arguments else ""
             key = f"{launch.name} {kind}" if quick else launch.key()
             if only in launch.name and key not in seen:
                 seen.add(key)
@@ -152,10 +152,10 @@ def launches(target: str, quick: bool) -> Iterator[tuple[str, str, Launch]]:
 def configuration(launch: Launch) -> str:
     """The Config of a launch that has one, by the name it has in triton_tuning; else its block sizes."""
     given = launch.arguments
-    if "TILES" not in given:
+    if "tiles" not in given:
         return " ".join(f"{name}={value}" for name, value in given.items() if name.startswith("BLOCK"))
     config = Config(
-        *(given[name] for name in ("BLOCK_T", "BLOCK_V", "BLOCK_K", "num_warps", "num_stages", "TILES")),
+        *(given[name] for name in ("BLOCK_T", "BLOCK_V", "BLOCK_K", "num_warps", "num_stages", "tiles")),
         given.get("GROUP_T", 16), *(bool(given.get(name)) for name in ("TMA", "HALVES", "FLATTEN")),
     )  # fmt: skip
     return config.name + ("-E" if given.get("STORE_E") else "")

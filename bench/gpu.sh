@@ -6,7 +6,8 @@
 # PART      correctness, kernels, peers, train; none named: all of them, in this order, except those whose rows of this
 #           source on this device are there already (--again repeats them; so does naming them)
 # --wheels  a folder of wheels of liger-kernel, cut-cross-entropy, quack-kernels, trl and whatever they want; installed
-#           beside nothing, without a network. What is not there is reported and left out
+#           beside nothing, without a network. What is not there is reported and left out; wheels of torch and triton
+#           are not taken, as the peers would run on another torch than the kernels they are compared with
 # --seconds a part's share of the time; past it the part takes no new shapes and says which it left out
 # --dry-run shapes of a few rows on the CPU with the torch backend: tries the scripts, by default in a temporary $OUT
 # -- ...    options for the parts themselves (python -m bench.gpu_kernels --help)
@@ -53,11 +54,18 @@ out="${OUT:-$root/bench/results}"
 mkdir -p "$out" && out="$(cd "$out" && pwd)" || exit 2
 cd "$root" || exit 2
 export PYTHONPATH=".:kernels" PYTHONUNBUFFERED=1
+# shapes of many sizes in one process; torch 2.11 to 2.13 read this name, and its successor is not read by all
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-${PYTORCH_ALLOC_CONF:-expandable_segments:True}}"
 
 if [ -n "$wheels" ]; then
     site="$(mktemp -d)"
     trap 'rm -rf "$site"' EXIT
     for wheel in "$wheels"/*.whl; do
+        case "$(basename "$wheel")" in
+            torch-* | triton-* | pytorch_triton*)
+                echo "peers: $(basename "$wheel") is left out: torch and triton are the machine's" >&2
+                continue ;;
+        esac
         # one by one: a wheel that does not fit this Python leaves the others
         "$python" -m pip install --quiet --no-index --no-deps --no-compile --disable-pip-version-check \
             --upgrade --target "$site" "$wheel" || echo "peers: $(basename "$wheel") was not installed" >&2

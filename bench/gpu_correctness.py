@@ -1,13 +1,17 @@
 """Every public function of unlearn_kernels on a GPU against float64: `python -m bench.gpu_correctness`.
 
 A row per check: {check, passed, error, bound}. Errors are relative to float64 on the same inputs and held to twice
-torch's own in the same dtype plus a small constant (tests/kernels/cases.py); token log-probabilities to 1e-5 nats rms.
-A check that raises is a failed row and the next one goes on. Needs torch and triton alone; where pytest is installed,
-tests/kernels follow with what is left of the time.
+torch's own in the same dtype plus a small constant (tests/kernels/cases.py); token log-probabilities to 1e-5 nats rms,
+on a GPU plus what its matrix cores' sums are off by themselves (bench/inputs.py, matrix_core_error).
+A check that raises is a failed row and the next one goes on. On a GPU the checks run in several processes, as nearly
+all their time goes into compiling (bench/workers.py). Needs torch and triton alone; with --pytest-seconds and where
+pytest is installed, tests/kernels follow.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import importlib.util
 import math
 import os
@@ -16,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, NamedTuple
 from unittest.mock import MagicMock
@@ -28,11 +32,12 @@ import unlearn_kernels as uk
 from bench import part as parts
 from bench.gpu_kernels import errors_of
 from bench.inputs import Case as BenchCase
-from bench.inputs import truth_of
+from bench.inputs import matrix_core_error, truth_of
 from bench.part import Part
-from bench.providers import Ours, variants
+from bench.providers import ERROR_TARGET, Ours, variants
 from bench.rows import ROOT, first_line
 from bench.timing import graphed, release
+from bench.workers import Pool, Task, serve
 from unlearn_kernels import Options, reference
 
 
@@ -54,6 +59,8 @@ def _load_cases() -> ModuleType:
 cases: Any = _load_cases()
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 PARTS = ("bias", "scale", "softcap", "lora")
+# Of a check whose error gpu_summary holds to the target.
+NATS = "nats rms"
 FROZEN = {
     **{name: (name,) for name in ("hidden", "weight", "bias", "lora_a", "lora_b")},
     "all but hidden": ("weight", "bias", "lora_a", "lora_b"),
@@ -199,13 +206,18 @@ def compare(case: Any, name: str, options: Options, frozen: tuple[str, ...] = ()
 
 
 def rms_of_tokens(case: Any, options: Options) -> Outcome:
-    """Log-probabilities alone, without gradients; a long sum in float32 rounds as the square root of its length."""
+    """Log-probabilities alone, without gradients. A long sum in float32 rounds as the square root of its length on a
+    CPU, and is cut off once per step on matrix cores."""
     with torch.no_grad():
         value = uk.token_logprobs(*case.inputs, **case.head, options=options)
         exact = case.like(torch.float64)
         truth = reference.token_logprobs(*exact.inputs, **exact.head)
-    bound = 1e-5 * max(1.0, (case.hidden.shape[1] / 4096) ** 0.5)
-    return Outcome(float((value.double() - truth).square().mean().sqrt()), bound, "nats rms")
+        logsumexp = reference.logits(exact.hidden, exact.weight).logsumexp(1)
+    width = case.hidden.shape[1]
+    bound = ERROR_TARGET * max(1.0, (width / 4096) ** 0.5)
+    if case.hidden.is_cuda:
+        bound += matrix_core_error(width, logsumexp)
+    return Outcome(float((value.double() - truth).square().mean().sqrt()), bound, NATS)
 
 
 def same_bits(first: list[Tensor], second: list[Tensor], what: str = "tensors that differ") -> Outcome:
@@ -479,7 +491,7 @@ def large(make: Maker) -> Iterator[Check]:
         ours = Ours("unlearn_kernels", backend=make.backend, whole_e=whole)
         found = errors_of(ours, kind, case, truth)
         release(make.device)
-        bounds = {"logprob_rms": ours.error_bound}
+        bounds = {"logprob_rms": ours.refused_above(make.device, case.hidden.shape[1], truth.logsumexp_S)}
         return max((Outcome(error, bounds.get(key, ours.gradient_bound), key) for key, error in found.items()),
                    key=lambda one: one.error / one.bound if one.error == one.error else math.inf)  # fmt: skip
 
@@ -498,16 +510,16 @@ def graphs(make: Maker) -> Iterator[Check]:
 
     def run(name: str, workspace: int | None) -> Outcome:
         case, other = make.case(256, 128, 1003, BF16), make.case(256, 128, 1003, BF16, lead=5.0)
-        options = make.options(workspace)
+        plain = make.options(workspace)
 
-        def work() -> list[Tensor]:
+        def work(options: Options) -> list[Tensor]:
             if name == "sequence_logprobs":
                 with torch.no_grad():
                     return [uk.sequence_logprobs(*case.packed, options=options)]
             loss = uk.npo_loss(*case.packed, ref_B(case), beta=0.1, options=options)
             return [loss.detach(), *torch.autograd.grad(loss, (case.hidden, case.weight))]
 
-        replay = graphed(work)
+        replay = graphed(lambda: work(replace(plain, capturable=True)))
         with torch.no_grad():
             case.hidden.copy_(other.hidden.flip(0))
             case.weight.copy_(other.weight)
@@ -516,7 +528,7 @@ def graphs(make: Maker) -> Iterator[Check]:
         again = same_bits(replayed, replay())
         if not again.error <= again.bound:
             return again
-        errors = [cases.relative_error(mine, theirs) for mine, theirs in zip(replayed, work(), strict=True)]
+        errors = [cases.relative_error(mine, theirs) for mine, theirs in zip(replayed, work(plain), strict=True)]
         return Outcome(max(errors), 1e-6 if name == "sequence_logprobs" else 2 * cases.SMALL[BF16], "against eager")
 
     for name in ("sequence_logprobs", "npo_loss"):
@@ -559,38 +571,98 @@ GROUPS = (functions, plans, bad_targets, both_ends, large, graphs, heads, repeat
           vocabularies_and_widths, compiled, second_device, shapes)  # fmt: skip
 
 
+CHECKS_PER_TASK = 6
+
+
 def measure(part: Part) -> None:
     # The first plan of every head: what is checked must not hang on a timing.
     os.environ.setdefault("UNLEARN_KERNELS_AUTOTUNE", "0")
     make = Maker(part.device, part.backend, part.tiny)
-    print(f"backend {part.backend or 'as chosen'} on {part.device}", flush=True)
-    passed = 0
-    for group in (group for group in GROUPS if not part.args.groups or group.__name__ in part.args.groups):
-        for name, check in group(make):
-            if part.budget.left < part.args.pytest_seconds:
-                part.leave_out({"check": group.__name__})
-                break
-            passed += judge(part, name, check)
-    print(f"{passed} checks passed, {part.rows.failed} failed", flush=True)
+    results = Results(part, {group.__name__: list(group(make)) for group in groups_of(part.args)})
+    count = part.args.workers or (1 if part.tiny or part.device.type == "cpu" else min(8, os.cpu_count() or 1))
+    print(f"backend {part.backend or 'as chosen'} on {part.device}, {count} processes", flush=True)
+    if count == 1:
+        for group, checks in results.checks.items():
+            for name, check in checks:
+                if part.budget.left < part.args.pytest_seconds:
+                    results.left(group)
+                    break
+                results.row(judge(name, check, part.device))
+    else:
+        tasks = [
+            Task(group, first, min(first + CHECKS_PER_TASK, len(checks)))
+            for group, checks in results.checks.items()
+            for first in range(0, len(checks), CHECKS_PER_TASK)
+        ]
+        release(part.device)
+        Pool(worker_command(part.args), tasks, lambda: part.budget.left - part.args.pytest_seconds, results).run(count)
+    print(f"{results.passed} checks passed, {part.rows.failed} failed", flush=True)
     if part.args.pytest_seconds and not part.tiny:
         run_pytest(part)
 
 
-def judge(part: Part, name: str, check: Callable[[], Outcome]) -> bool:
-    """Run one check, write its row, say it if it failed."""
+def groups_of(args: argparse.Namespace) -> list[Callable[[Maker], Iterator[Check]]]:
+    return [group for group in GROUPS if not args.groups or group.__name__ in args.groups]
+
+
+class Results:
+    """Writes rows as they come, and says what failed."""
+
+    def __init__(self, part: Part, checks: dict[str, list[Check]]) -> None:
+        self.part, self.checks, self.passed = part, checks, 0
+        self.left_out: set[str] = set()
+
+    def row(self, row: dict[str, Any]) -> None:
+        self.passed += row["passed"]
+        self.part.rows.write(row, failed=not row["passed"])
+        if not row["passed"]:
+            why = row.get("message") or (row["what"], row["error"], row["bound"])
+            print(f"FAILED {row['check']}: {why}", flush=True)
+
+    def died(self, group: str, check: int, status: int) -> None:
+        message = f"its process ended with status {status}"
+        self.row({"case": "check", "check": self.checks[group][check][0], "passed": False, "message": message})
+
+    def left(self, group: str) -> None:
+        if group not in self.left_out:
+            self.left_out.add(group)
+            self.part.leave_out({"check": group})
+
+
+def judge(name: str, check: Callable[[], Outcome], device: torch.device) -> dict[str, Any]:
+    """Run one check and return its row."""
     start = time.monotonic()
     row: dict[str, Any] = {"case": "check", "check": name}
     try:
         outcome = check()
-        synchronize(part.device)
-        row |= {"passed": outcome.error <= outcome.bound, **outcome._asdict()}
+        synchronize(device)
+        row |= {"passed": bool(outcome.error <= outcome.bound), **outcome._asdict()}
     except Exception as error:  # whatever it is, it is this check's result
         row |= {"passed": False, "message": first_line(error)}
-    row["seconds"] = round(time.monotonic() - start, 3)
-    part.rows.write(row, failed=not row["passed"])
-    if not row["passed"]:
-        print(f"FAILED {name}: {row.get('message') or (row['what'], row['error'], row['bound'])}", flush=True)
-    return row["passed"]
+    return row | {"seconds": round(time.monotonic() - start, 3)}
+
+
+def worker_command(args: argparse.Namespace) -> list[str]:
+    options = ["--device", args.device, *(["--backend", args.backend] if args.backend else [])]
+    return [sys.executable, "-m", "bench.gpu_correctness", "--worker", *options, *(["--tiny"] if args.tiny else [])]
+
+
+def work(args: argparse.Namespace) -> int:
+    device = torch.device(args.device)
+    make = Maker(device, args.backend, args.tiny)
+    groups = {group.__name__: list(group(make)) for group in GROUPS}
+
+    def rows_of(task: Task) -> Iterator[dict[str, Any]]:
+        for name, check in groups[task.group][task.first : task.last]:
+            yield judge(name, check, device)
+
+    def alive() -> bool:
+        with contextlib.suppress(Exception):
+            synchronize(device)
+            return True
+        return False
+
+    return serve(rows_of, alive)
 
 
 def run_pytest(part: Part) -> None:
@@ -624,9 +696,13 @@ def synchronize(device: torch.device) -> None:
 
 def main() -> int:
     parser = parts.parser_of(__doc__, seconds=145)
-    parser.add_argument("--pytest-seconds", type=float, default=40, help="of these for tests/kernels; 0 leaves it out")
+    parser.add_argument("--pytest-seconds", type=float, default=0, help="of these for tests/kernels; 0 leaves it out")
+    parser.add_argument("--workers", type=int, help="processes on the one device; a processor each, 8 at most")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     names = [group.__name__ for group in GROUPS]
     parser.add_argument("--groups", nargs="+", choices=names, metavar="GROUP", help=f"of {', '.join(names)}")
+    if "--worker" in sys.argv:
+        return work(parser.parse_args())
     return parts.run("correctness", parser, measure)
 
 

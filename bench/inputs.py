@@ -135,6 +135,7 @@ class Truth:
 
     rows: Tensor
     logprob_S: Tensor
+    logsumexp_S: Tensor
     slope_S: Tensor
     dhidden_SH: Tensor
     columns: Tensor | None = None
@@ -153,7 +154,7 @@ def truth_of(case: Case, *, num_rows: int = 512, num_columns: int = 0) -> Truth:
     logprob, lse = _logprobs(hidden, case.weight, targets)
     sequence = torch.arange(picked, device=device).repeat_interleave(length)
     slope = npo_slope(logprob, case.ref[chosen], sequence) * picked / num_sequences
-    truth = Truth(rows, logprob, slope, slope[:, None] * _dlogprob(hidden, case.weight, targets, lse))
+    truth = Truth(rows, logprob, lse, slope, slope[:, None] * _dlogprob(hidden, case.weight, targets, lse))
     if not num_columns:
         return truth
     logprob, lse = _logprobs(case.hidden, case.weight, case.targets)
@@ -206,6 +207,18 @@ def _dlogprob(hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor) -> T
         block = block.double()
         out -= torch.exp(hidden @ block.T - lse[:, None]) @ block
     return out
+
+
+def matrix_core_error(width: int, logsumexp: Tensor) -> float:
+    """rms nats that the matrix cores' sums may put between these rows' log-likelihoods and float64: what a right answer
+    may be off, and no aim.
+
+    The cores add 16 products at a time to a float32 sum and cut off what does not fit, always toward zero, so that the
+    errors are a bias and do not average out. Each of the width / 16 steps cuts half a unit in the last place, 2**-24 of
+    the sum, on average, and as much again where the products are aligned before they are added; the sum grows from 0 to
+    z, half of it on average. dlogsumexp = sum_v p_v dz_v, and sum_v p_v z_v is logsumexp less the entropy.
+    """
+    return width / 16 * 2.0**-24 * float(logsumexp.double().square().mean().sqrt())
 
 
 def _dweight(case: Case, columns: Tensor, lse: Tensor, slope: Tensor) -> Tensor:

@@ -33,8 +33,8 @@ def product_flops(launch: Launch) -> int:
     if launch.name not in FUSED:
         return 0  # no matrix product; or redo_*, whose loops end at once without rows out of range
     tiles = -(-given["vocab"] // given["BLOCK_V"])
-    firsts = [split * given["TILES"] for split in range(given["splits"])]
-    walked = sum(min(first + given["TILES"], tiles) - first for first in firsts)
+    firsts = [split * given["tiles"] for split in range(given["splits"])]
+    walked = sum(min(first + given["tiles"], tiles) - first for first in firsts)
     row_blocks, rest = divmod(launch.grid[0], given["splits"])
     assert rest == 0 and walked == tiles, f"{launch.name}: {walked} of {tiles} tiles, {rest} programs too many"
     widths = [given["width"], *([given["ref_width"]] if launch.name == "kl_kernel" else [])]

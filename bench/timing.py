@@ -145,7 +145,8 @@ def peak_if_any(work: Work, device: torch.device) -> float | None:
 
 
 def graphed(work: Work) -> Work:
-    """The replay of a CUDA graph of this call. `work` is run three times on a side stream first."""
+    """The replay of a CUDA graph of this call. `work` is run three times on a side stream first, and must launch then
+    what it launches in the capture, where nothing new can be loaded: Options(capturable=True)."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_correctness, gpu_kernels, gpu_summary, part, providers, readme
+from bench import gpu_correctness, gpu_kernels, gpu_summary, part, providers, readme, workers
 from bench.inputs import Case, Padded, npo, padded_truth, relative_error, truth_of
 from bench.rows import ROOT, RowFile, read
 from bench.timing import Budget, Interleaved, Stopwatch, Unit, quartiles
@@ -100,10 +100,16 @@ def test_the_shell_script_runs_a_part_and_prints_the_summary_last(tmp_path):
         command = [str(ROOT / "bench" / "gpu.sh"), *arguments]
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
 
-    done = call("--dry-run", "--seconds", "kernels=30", "kernels")
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for name in ("torch-2.14.0-cp312-none-any.whl", "triton-3.9.0-cp312-none-any.whl"):
+        (wheels / name).write_text("not installed")
+    done = call("--dry-run", "--wheels", str(wheels), "--seconds", "kernels=30", "kernels")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "padded batch" in done.stdout[done.stdout.rindex("== kernels") :]
-    assert {path.name for path in tmp_path.iterdir()} == {"gpu_kernels.jsonl", "gpu_kernels.log"}
+    left_out = "cp312-none-any.whl is left out: torch and triton are the machine's"
+    assert done.stderr.count(left_out) == 2 and "was not installed" not in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu_kernels.jsonl", "gpu_kernels.log", "wheels"}
     assert call("nonsense").returncode == 2
 
 
@@ -207,6 +213,91 @@ def test_a_check_that_raises_or_is_nan_fails_and_the_next_goes_on(tmp_path, monk
     rows = read("gpu_correctness", tmp_path)
     assert [row["passed"] for row in rows if row["case"] == "check"] == [False, False, True]
     assert rows[0]["message"] == "ZeroDivisionError: division by zero" and rows[1]["error"] == "nan"
+
+
+def checks_of(folder):
+    return {row["check"]: row["passed"] for row in read("gpu_correctness", folder) if row["case"] == "check"}
+
+
+def test_several_processes_make_the_same_checks(tmp_path, monkeypatch):
+    groups = ["--groups", "strides", "statistics_and_packing", "bad_targets"]
+    for count in ("1", "3"):
+        assert run_part(monkeypatch, gpu_correctness, tmp_path / count, "--workers", count, *groups) == 0
+    assert checks_of(tmp_path / "3") == checks_of(tmp_path / "1")
+    *_, end = read("gpu_correctness", tmp_path / "3")
+    assert len(checks_of(tmp_path / "3")) == 15 and end["case"] == "end" and end["failed"] == end["left_out"] == 0
+
+
+# Eight checks of a group; the third kills its process, the fifth leaves the device unusable in its own.
+DEADLY = """
+import os, sys
+from bench import gpu_correctness as part
+lost = False
+def group(make):
+    def check(number):
+        global lost
+        if number == 2:
+            os._exit(9)
+        if number == 4:
+            lost = True
+            print("a library prints")
+            raise RuntimeError("the device is lost")
+        assert not lost
+        return part.Outcome(0.5, 1.0)
+    for number in range(8):
+        yield f"check {number}", lambda number=number: check(number)
+def synchronize(device):
+    if lost:
+        raise RuntimeError
+part.GROUPS, part.synchronize = (group,), synchronize
+sys.exit(part.main())
+"""
+
+
+def deadly_part(monkeypatch, folder, *arguments, code=DEADLY):
+    checks = [(f"check {number}", None) for number in range(8)]
+
+    def group(make):
+        yield from checks
+
+    monkeypatch.setattr(gpu_correctness, "GROUPS", (group,))
+    command = gpu_correctness.worker_command
+    monkeypatch.setattr(
+        gpu_correctness, "worker_command", lambda args: [sys.executable, "-c", code, *command(args)[3:]]
+    )
+    monkeypatch.setenv("PYTHONPATH", ".:kernels")
+    return run_part(monkeypatch, gpu_correctness, folder, "--workers", "2", *arguments)
+
+
+def test_a_process_that_dies_costs_one_check(tmp_path, monkeypatch):
+    assert deadly_part(monkeypatch, tmp_path) == 1
+    rows = {row["check"]: row for row in read("gpu_correctness", tmp_path) if row["case"] == "check"}
+    assert {name for name, row in rows.items() if not row["passed"]} == {"check 2", "check 4"} and len(rows) == 8
+    assert rows["check 2"]["message"] == "its process ended with status 9"
+    assert rows["check 4"]["message"] == "RuntimeError: the device is lost"
+
+
+def test_processes_that_cannot_start_are_given_up(tmp_path, monkeypatch):
+    assert deadly_part(monkeypatch, tmp_path, code="raise SystemExit(3)") == 1
+    *rows, left, end = read("gpu_correctness", tmp_path)
+    assert 3 <= end["failed"] == len(rows) <= 6 and left["case"] == "left_out"
+    assert {row["message"] for row in rows} == {"its process ended with status 3"}
+
+
+def test_processes_leave_groups_out_by_name_when_the_time_is_over(tmp_path, monkeypatch):
+    assert deadly_part(monkeypatch, tmp_path, "--seconds=-1e6") == 0
+    left, end = read("gpu_correctness", tmp_path)
+    assert left["check"] == "group" and end["left_out"] == 1
+
+
+def test_a_process_that_hangs_is_ended_after_the_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "GRACE", 0.5)
+    start = time.monotonic()
+    assert deadly_part(monkeypatch, tmp_path, "--seconds", "1", code="import time; time.sleep(60)") == 1
+    assert time.monotonic() - start < 20
+    *rows, end = read("gpu_correctness", tmp_path)
+    assert {row["message"] for row in rows if row["case"] == "check"} == {"its process ended with status -9"}
+    assert end["case"] == "end" and end["left_out"] == 1
 
 
 def test_checks_notice_a_broken_kernel(monkeypatch):
@@ -334,7 +425,12 @@ def test_readme_tables_show_what_was_measured_and_nothing_of_a_dry_run(tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("units", "verdict"), [(1.04, "met at all 1 shapes"), (1.06, "NOT met at 1 of 1: 16384x4096x128256"), (None, "NOT")]
+    ("units", "verdict"),
+    [
+        (1.04, "met at all 1 shapes, worst 1.04"),
+        (1.06, "NOT met at 1 of 1, worst 1.06: 16384x4096x128256"),
+        (None, "NOT"),
+    ],
 )
 def test_targets(tmp_path, units, verdict):
     row = {"case": "forward", "provider": "unlearn_kernels", "shape": {"N": 16384, "H": 4096, "V": 128256}}
@@ -345,3 +441,45 @@ def test_targets(tmp_path, units, verdict):
     text = gpu_summary.summary(Path(tmp_path), ["kernels"])
     assert f"target forward <= 1.05 units: {verdict}" in text
     assert "target full <= 3.2 units: not measured" in text
+
+
+def test_the_target_for_log_probabilities_is_reported_apart_from_what_is_refused(tmp_path):
+    shared = {"commit": None, "dirty": None, "device": "GPU", "torch": "2.11", "tiny": False}
+    with RowFile(tmp_path, "gpu_correctness", shared) as rows:
+        for error in (4e-6, 1.4e-5):
+            rows.write(
+                {"case": "check", "check": "a", "passed": True, "error": error, "bound": 2e-4, "what": "nats rms"}
+            )
+    with RowFile(tmp_path, "gpu_kernels", shared) as rows:
+        shape = {"shape": {"N": 64, "H": 4096, "V": 50}}
+        rows.write({"case": "forward", "provider": "unlearn_kernels", **shape, "units": 1.0, "logprob_rms": 1.4e-5})
+    text = gpu_summary.summary(tmp_path, ["correctness", "kernels"])
+    assert "2 checks passed, 0 failed\ntarget log-prob error <= 1e-05: NOT met in 1 of 2, worst 1.4e-05" in text
+    assert "target log-prob error <= 1e-05: NOT met at 1 of 1, worst 1.4e-05: 64x4096x50" in text
+
+
+def cut_toward_zero(hidden, weight):
+    """hidden W^T as matrix cores add: 16 products at a time, exactly, to a float32 sum that is then cut off."""
+    total = torch.zeros(len(hidden), len(weight))
+    for k in range(0, hidden.shape[1], 16):
+        exact = total.double() + hidden[:, k : k + 16].double() @ weight[:, k : k + 16].double().T
+        near = exact.float()
+        total = torch.where(near.double().abs() > exact.abs(), torch.nextafter(near, torch.zeros(())), near)
+    return total
+
+
+@pytest.mark.parametrize("width", [1024, 4096])
+def test_what_matrix_cores_cut_off_is_not_refused_and_rounded_logits_are(width):
+    case = Case.make((64, width, 512), torch.bfloat16)
+    truth = truth_of(case, num_rows=64)
+    ours = providers.Ours("unlearn_kernels")
+    limit = ours.refused_above(torch.device("cuda"), width, truth.logsumexp_S)
+    assert ours.refused_above(CPU, width, truth.logsumexp_S) == ours.error_bound == 1e-5
+
+    def error(logits):
+        logprob = logits.double().log_softmax(1).gather(1, case.targets[:, None])[truth.rows, 0]
+        return float((logprob - truth.logprob_S).square().mean().sqrt())
+
+    logits = cut_toward_zero(case.hidden, case.weight)
+    assert width / 4096 * 1e-5 * 0.9 < error(logits) < limit / 4
+    assert error(logits.bfloat16()) > 10 * limit

@@ -101,9 +101,14 @@ def _head(
     return _Head(bias, lora_a, lora_b, spec)
 
 
-def _planless(hidden: Tensor) -> bool:
-    """Whether the host cannot know the sequences' lengths: while torch.compile traces or a CUDA graph is captured."""
-    return torch.compiler.is_compiling() or (hidden.is_cuda and torch.cuda.is_current_stream_capturing())
+def _planless(hidden: Tensor, head: dict[str, Any]) -> bool:
+    """Whether the host cannot know the sequences' lengths, while torch.compile traces or a CUDA graph is captured, or
+    shall do without them."""
+    return torch.compiler.is_compiling() or _capturing(hidden) or head.get("options", _DEFAULTS).capturable
+
+
+def _capturing(hidden: Tensor) -> bool:
+    return hidden.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _boundaries(hidden: Tensor, cu_seqlens: Tensor) -> list[int]:
@@ -130,13 +135,14 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, **head: Any)
 def sequence_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, cu_seqlens: Tensor, **head: Any) -> Tensor:
     """Sums of the token log-probabilities of each sequence, nats, [B] float64; differentiable."""
     described = _head(hidden, weight, targets, **head)
-    if _planless(hidden):
+    if _planless(hidden, head):
         checks.check_cu_seqlens(cu_seqlens, hidden)
         cu_seqlens = backends.checked_boundaries(cu_seqlens, hidden.shape[0])
     else:
         _boundaries(hidden, cu_seqlens)
     values = _row_logprobs(hidden, weight, targets, described)
-    return autograd.sequence_sums(values, cu_seqlens, described.spec.backend)
+    # one binary for either width: see sequence_loss
+    return autograd.sequence_sums(values, cu_seqlens.long(), described.spec.backend)
 
 
 def npo_loss(
@@ -186,14 +192,16 @@ def simnpo_loss(
 def _mean_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, cu_seqlens: Tensor, objective: Objective, head: dict[str, Any]
 ) -> Tensor:
-    """sequence_loss, or the same objective on sequence_logprobs while torch.compile traces or a CUDA graph is captured.
+    """sequence_loss, or the same objective on sequence_logprobs while torch.compile traces, a CUDA graph is captured or
+    options.capturable asks for what a graph can capture.
 
     Such a program has no host lengths to plan whole-group chunks with, so beyond the workspace it recomputes (4 units).
     """
-    if not _planless(hidden):
+    if not _planless(hidden, head):
         return sequence_loss(hidden, weight, targets, cu_seqlens, objective, **head).loss
     if head.get("options", _DEFAULTS).skip_below > 0:
-        checks.refuse("options.skip_below", head["options"].skip_below, "0 under torch.compile and graph capture")
+        accepted = "0 under torch.compile, graph capture and options.capturable"
+        checks.refuse("options.skip_below", head["options"].skip_below, accepted)
     logprobs = sequence_logprobs(hidden, weight, targets, cu_seqlens, **head)
     index = torch.arange(logprobs.shape[0], device=logprobs.device)
     return objective(logprobs, cu_seqlens.diff().long(), index).sum()
@@ -218,11 +226,12 @@ def sequence_loss(
     must reach it together (2 for a chosen/rejected pair); default all 1.
     """
     described = _head(hidden, weight, targets, **head)
-    if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise ValueError(
-            "sequence_loss cannot be captured in a CUDA graph: it plans chunks of whole sequences from lengths on the "
-            "host; accepted: npo_loss, simnpo_loss, or an objective on sequence_logprobs"
-        )
+    reason = "plans chunks of whole sequences from lengths on the host"
+    instead = "npo_loss, simnpo_loss, or an objective on sequence_logprobs"
+    if head.get("options", _DEFAULTS).capturable:
+        checks.refuse("options.capturable", True, f"False for sequence_loss, which {reason}; or {instead}")
+    if _capturing(hidden):
+        raise ValueError(f"sequence_loss cannot be captured in a CUDA graph: it {reason}; accepted: {instead}")
     boundaries = _boundaries(hidden, cu_seqlens)
     plan = autograd.Plan(boundaries, checks.check_groups(groups, len(boundaries) - 1), cu_seqlens.long())
     if not callable(objective):

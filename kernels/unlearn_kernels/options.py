@@ -19,11 +19,15 @@ class Options:
     skip_below: a sequence whose |dloss/dlogprob| x length is below this share of the call's largest is left out of
         both gradient products and reported inactive. 0 leaves nothing out.
     backend: "torch", "native" or "triton" to force one; None lets the device and dtype decide.
+    capturable: take the path that a CUDA graph captures, which knows no lengths on the host, whether one is being
+        captured or not. Call once with it before capturing: what is launched in a capture must have been launched
+        before. npo_loss and simnpo_loss recompute beyond the workspace on it (4 units); sequence_loss has none.
     """
 
     workspace_bytes: int | None = None
     skip_below: float = 0.0
     backend: str | None = None
+    capturable: bool = False
 
     def workspace(self, device: torch.device) -> int:
         if self.workspace_bytes is not None:

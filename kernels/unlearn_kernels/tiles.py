@@ -10,7 +10,10 @@ little next to the product.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,27 +72,88 @@ def kl_scratch_elements(
     return max(smallest, min(rows * (2 * vocab + width) + cols * width, max_elements))
 
 
+class _Exact:
+    """Switches torch's shortcuts for products on one kind of device off, and back on as they were.
+
+    The switches are the process's, not the thread's: the first to enter throws them, the last to leave restores them,
+    so that a backward on another thread neither loses its precision nor keeps the caller's from coming back.
+    """
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend  # as torch names it: "cuda", "mkldnn"
+        self.lock = threading.Lock()
+        self.inside = 0
+        self.restore: list[Callable[[], object]] = []
+
+    def enter(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.restore = self._switch_off()
+            self.inside += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                for restore in self.restore:
+                    restore()
+
+    def _switch_off(self) -> list[Callable[[], object]]:
+        restore: list[Callable[[], object]] = []
+        if _precision is None:
+            precision = torch.get_float32_matmul_precision()
+            if precision != "highest":
+                restore.append(partial(torch.set_float32_matmul_precision, precision))
+                torch.set_float32_matmul_precision("highest")
+        elif _precision(self.backend, "matmul") not in ("ieee", "none"):
+            restore.append(partial(_set_precision, self.backend, "matmul", _own_precision(self.backend)))
+            _set_precision(self.backend, "matmul", "ieee")
+        if self.backend == "cuda":
+            settings = torch.backends.cuda.matmul
+            for name in _REDUCED:
+                if getattr(settings, name):
+                    restore.append(partial(setattr, settings, name, True))
+                    setattr(settings, name, False)
+        return restore
+
+
+# Of 16-bit products on CUDA: partial sums, or all of the accumulator, in 16 bits.
+_REDUCED = (
+    "allow_bf16_reduced_precision_reduction",
+    "allow_fp16_reduced_precision_reduction",
+    "allow_fp16_accumulation",
+)
+# What float32 products may be made of, by (backend, operation); since torch 2.9. torch.set_float32_matmul_precision,
+# the older switch, sets the same values, but cannot be read where only these were set: it raises.
+_precision: Any = getattr(torch._C, "_get_fp32_precision_getter", None)
+_set_precision: Any = getattr(torch._C, "_set_fp32_precision_setter", None)
+_on_cuda, _on_cpu = _Exact("cuda"), _Exact("mkldnn")
+
+
+def _own_precision(backend: str) -> str:
+    """What was set for matmul itself, "none" where it inherits: reading gives what holds in the end, so its parents are
+    set aside for a moment."""
+    generic = _precision("generic", "all")
+    _set_precision("generic", "all", "none")
+    whole = _precision(backend, "all")
+    _set_precision(backend, "all", "none")
+    own = _precision(backend, "matmul")
+    _set_precision(backend, "all", whole)
+    _set_precision("generic", "all", generic)
+    return str(own)
+
+
 @contextlib.contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
     """No autocast, no TF32 / bf16 stand-ins for float32 products and no 16-bit partial sums in split products, whatever
     the caller has switched on."""
-    precision = torch.get_float32_matmul_precision()
-    settings, reduced = torch.backends.cuda.matmul, []
-    if precision != "highest":
-        torch.set_float32_matmul_precision("highest")
-    if device.type == "cuda":
-        names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
-        reduced = [name for name in names if getattr(settings, name)]
-    for name in reduced:
-        setattr(settings, name, False)
+    exact = _on_cuda if device.type == "cuda" else _on_cpu
+    exact.enter()
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
-        if precision != "highest":
-            torch.set_float32_matmul_precision(precision)
-        for name in reduced:
-            setattr(settings, name, True)
+        exact.leave()
 
 
 def blocks(total: int, size: int) -> Iterator[tuple[int, int]]:

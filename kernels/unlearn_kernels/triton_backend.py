@@ -44,8 +44,11 @@ ROWS_PER_LAUNCH = 16384
 TILE_ELEMENTS = 1 << 23
 GRADIENT_ELEMENTS = 1 << 24
 _ROW_BLOCK = 128
-# Of the kernels that add up partials: splits and rows at a time.
+# float32 elements of 16 bytes: where a tile of logits begins, so that loads are vectors whatever lies before it
+_ALIGNED = 4
+# Of the kernels that add up partials: splits and rows at a time. Those with many planes hold them in registers.
 _SPLIT_BLOCKS = {"BLOCK_S": 64, "BLOCK_T": 32}
+_PLANE_BLOCKS = {"BLOCK_S": 32, "BLOCK_T": 32, "num_warps": 8}
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -118,7 +121,7 @@ def _flags(
         "BLOCK_V": config.block_v,
         "BLOCK_K": config.block_k,
         "BLOCK_R": 0 if lora_b is None else _power_of_two(lora_b.shape[1], 32),
-        "TILES": _tiles(config, weight.shape[0]),
+        "tiles": _tiles(config, weight.shape[0]),
         "EVEN_K": weight.shape[1] % config.block_k == 0,
         "WIDEN": _widened(hidden, weight),
         "HAS_BIAS": bias is not None,
@@ -239,7 +242,7 @@ def exp_sums(
 
     with _device(hidden_CH):
         traits = {"lora": lora_b_VR is not None, "capped": softcap != 0.0, "aligned": _aligned(hidden_CH, weight_VH)}
-        run(triton_tuning.choose(hidden_CH, weight_VH, run, **traits))
+        run(triton_tuning.choose(hidden_CH, weight_VH, run, writes_e=e_CV is not None, **traits))
 
 
 def _fused_sums(
@@ -326,6 +329,7 @@ def _library_sums(
     tile_rows, tile_cols = _library_tile(scratch.numel(), num_rows, vocab, *widened)
     splits = triton.cdiv(vocab, tile_cols)
     sizes = [tile_rows * splits, tile_rows * widened[0], tile_cols * widened[1]]
+    sizes = [triton.cdiv(size, _ALIGNED) * _ALIGNED for size in sizes]
     partial_flat, hidden_flat, weight_flat, tile_flat = scratch.split([*sizes, scratch.numel() - sum(sizes)])
     for start, stop in blocks(num_rows, tile_rows):
         rows, count = slice(start, stop), stop - start
@@ -361,6 +365,7 @@ def _library_sums(
 def _library_tile(elements: int, num_rows: int, vocab: int, hidden_width: int, weight_width: int) -> tuple[int, int]:
     """Rows and columns of a tile of logits that fits beside its rows' partial sums of all tiles and the operands that
     must be widened (widths 0: none)."""
+    elements -= 3 * _ALIGNED
     rows, cols = min(num_rows, 4096), min(vocab, TILE_ELEMENTS // 1024)
     while rows * (cols + triton.cdiv(vocab, cols) + hidden_width) + cols * weight_width > elements and rows * cols > 1:
         rows, cols = (rows, (cols + 1) // 2) if cols > rows // 2 or rows == 1 else ((rows + 1) // 2, cols)
@@ -593,8 +598,8 @@ def token_stats(
                 **_head_arguments(hidden, weight_VH, bias_V, lora_hidden, lora_b_VR),
                 **_flags(config, hidden, weight_VH, bias_V, lora_b_VR, logit_scale, softcap),
             )
-            triton_distributions.token_stats_finish_kernel[(triton.cdiv(count, _SPLIT_BLOCKS["BLOCK_T"]),)](
-                scratch, targets, stats_4C[:, rows], count, vocab, splits, stats_4C.stride(0), **_SPLIT_BLOCKS
+            triton_distributions.token_stats_finish_kernel[(triton.cdiv(count, _PLANE_BLOCKS["BLOCK_T"]),)](
+                scratch, targets, stats_4C[:, rows], count, vocab, splits, stats_4C.stride(0), **_PLANE_BLOCKS
             )
 
 
@@ -669,6 +674,6 @@ def _fused_kl(
             **_head_arguments(hidden, weight, bias, lora_hidden, lora_b),
             **_flags(config, hidden, weight, bias, lora_b, logit_scale, softcap),
         )
-        triton_distributions.kl_finish_kernel[(triton.cdiv(count, _SPLIT_BLOCKS["BLOCK_T"]),)](
-            scratch, kl[rows], count, splits, **_SPLIT_BLOCKS
+        triton_distributions.kl_finish_kernel[(triton.cdiv(count, _PLANE_BLOCKS["BLOCK_T"]),)](
+            scratch, kl[rows], count, splits, **_PLANE_BLOCKS
         )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_kernels import LOG2E, _log1p, _logits_tile
+from .triton_kernels import LOG2E, _column_numbers, _log1p, _logits_tile, launched
 
 # Stands for -inf (a masked token): its probability is 0 all the same, and 0 x 1e4 is not NaN.
 FLOOR = tl.constexpr(-1.0e4)
@@ -14,7 +14,7 @@ STATS_PLANES = 7  # log of the mass, mean, variance (over v != y); maximum, its 
 KL_PLANES = 6  # maximum and sum of both models, A, T
 
 
-@triton.jit
+@launched
 def token_stats_kernel(
     hidden,
     weight,
@@ -36,11 +36,11 @@ def token_stats_kernel(
     logit_scale,
     softcap,
     splits,
+    tiles,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    TILES: tl.constexpr,
     GROUP_T: tl.constexpr,
     EVEN_K: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -63,7 +63,7 @@ def token_stats_kernel(
     t_rows = first_row + tl.arange(0, BLOCK_T).to(tl.int64)
     t_mask = t_rows < num_rows
     t_safe = tl.where(t_mask, t_rows, num_rows - 1)
-    y_T = tl.load(targets_ptr + t_safe)
+    y_T = _column_numbers(tl.load(targets_ptr + t_safe), vocab)
     top_T = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     best_T = tl.zeros((BLOCK_T,), tl.int32)
     target_T = tl.zeros((BLOCK_T,), tl.float32)
@@ -72,8 +72,8 @@ def token_stats_kernel(
     mass_T = tl.zeros((BLOCK_T,), tl.float32)
     mean_T = tl.zeros((BLOCK_T,), tl.float32)
     variance_T = tl.zeros((BLOCK_T,), tl.float32)
-    first_tile = split * TILES
-    for tile in range(first_tile, tl.minimum(first_tile + TILES, tl.cdiv(vocab, BLOCK_V))):
+    first_tile = split * tiles
+    for tile in range(first_tile, tl.minimum(first_tile + tiles, tl.cdiv(vocab, BLOCK_V))):
         first_col = tile * BLOCK_V
         z = _logits_tile(
             hidden, weight, bias_ptr, lora_hidden_ptr, lora_b_ptr, first_row, t_safe, first_col, vocab, width, rank,
@@ -135,7 +135,7 @@ def _plane(partial_ptr, plane, first_split, ss, rows, mask, num_rows, splits, ot
     return tl.load(ptrs, mask=(first_split + ss < splits)[:, None] & mask[None, :], other=other).to(tl.float64)
 
 
-@triton.jit
+@launched
 def token_stats_finish_kernel(
     partial_ptr,
     targets_ptr,
@@ -207,7 +207,7 @@ def token_stats_finish_kernel(
     tl.store(stats_ptr + 3 * stats_stride + rows, tl.where(valid, second_moment / mass, nan), mask=mask)
 
 
-@triton.jit
+@launched
 def kl_kernel(
     hidden,
     weight,
@@ -235,11 +235,11 @@ def kl_kernel(
     logit_scale,
     softcap,
     splits,
+    tiles,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    TILES: tl.constexpr,
     GROUP_T: tl.constexpr,
     EVEN_K: tl.constexpr,
     REF_EVEN_K: tl.constexpr,
@@ -274,8 +274,8 @@ def kl_kernel(
     sum_q_T = tl.zeros((BLOCK_T,), tl.float32)
     a_T = tl.zeros((BLOCK_T,), tl.float32)
     t_T = tl.zeros((BLOCK_T,), tl.float32)
-    first_tile = split * TILES
-    for tile in range(first_tile, tl.minimum(first_tile + TILES, tl.cdiv(vocab, BLOCK_V))):
+    first_tile = split * tiles
+    for tile in range(first_tile, tl.minimum(first_tile + tiles, tl.cdiv(vocab, BLOCK_V))):
         first_col = tile * BLOCK_V
         z = _logits_tile(
             hidden, weight, bias_ptr, lora_hidden_ptr, lora_b_ptr, first_row, t_safe, first_col, vocab, width, rank,
@@ -332,7 +332,7 @@ def _shrink(old_T, new_T):
     return tl.where(old_T > float("-inf"), tl.exp2((old_T - _finite(new_T)) * LOG2E), 0.0)
 
 
-@triton.jit
+@launched
 def kl_finish_kernel(partial_ptr, kl_ptr, num_rows, splits, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr):
     """kl [N] from kl_kernel's partials, merged in float64."""
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
@@ -367,7 +367,7 @@ def kl_finish_kernel(partial_ptr, kl_ptr, num_rows, splits, BLOCK_S: tl.constexp
     tl.store(kl_ptr + rows, kl.to(tl.float32), mask=mask)
 
 
-@triton.jit
+@launched
 def kl_rows_kernel(
     z_ptr,  # [R, V] float32: the policy's logits, complete
     r_ptr,  # [R, V] float32: the reference's

@@ -1,7 +1,7 @@
 """Triton kernels of the log-likelihood: one tile body, and what is done with its logits; row kernels around them.
 
 Every kernel that sees logits gets them from `_logits_tile`, in registers and float32: nothing of size N x V is written
-but E where a gradient asks for it. A program owns one block of rows and one split of the vocabulary (TILES tiles of
+but E where a gradient asks for it. A program owns one block of rows and one split of the vocabulary (`tiles` tiles of
 BLOCK_V columns), adds up its exponentials in registers and writes one partial sum per row. There are no locks and no
 atomics, and how a row's sum is put together depends on the vocabulary and the block sizes alone: the same row gives the
 same bits in any batch.
@@ -13,10 +13,24 @@ weight's stride likewise.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# What changes from call to call at one head: numbers of rows, and vectors of rows from whichever row on. Nothing loads
+# these in wide vectors; knowing that they divide by 16 would be worth little, and each mixture a compilation.
+_CHANGING = ("num_rows", "capacity", "splits", "tiles", "stats_stride")
+_SLICED = (
+    "targets_ptr", "offset_ptr", "sums_ptr", "partial_ptr", "index_ptr", "count_ptr", "value_ptr", "boundaries_ptr",
+    "coeff_ptr", "target_coeff_ptr", "e_coeff_ptr", "kl_ptr", "stats_ptr",
+)  # fmt: skip
+
+
+def launched(kernel: Any) -> Any:
+    """triton.jit for what the host launches: few binaries per head, whatever the numbers of rows."""
+    return triton.jit(kernel, do_not_specialize=_CHANGING, do_not_specialize_on_alignment=_SLICED)
 
 
 @triton.jit
@@ -128,13 +142,20 @@ def _exp_part(z, m_T, y_T, v_cols, vocab, softcap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
+def _column_numbers(targets, vocab):
+    """Targets as 32-bit numbers, which compare in half the instructions; -1, no column's number, for one out of
+    range."""
+    return tl.where((targets >= 0) & (targets < vocab), targets, -1).to(tl.int32)
+
+
+@triton.jit
 def _sum_one_split(
     hidden,
     weight,
     bias_ptr,
     lora_hidden_ptr,
     lora_b_ptr,
-    targets_ptr,
+    y_T,  # [BLOCK_T] int32 or int64
     offset_ptr,
     partial_ptr,
     e,
@@ -144,6 +165,7 @@ def _sum_one_split(
     partial_cols,  # [BLOCK_T] int64: where in its row of the partials each sum goes
     partial_stride,
     split,
+    tiles,
     vocab,
     width,
     rank,
@@ -161,7 +183,6 @@ def _sum_one_split(
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    TILES: tl.constexpr,
     TMA: tl.constexpr,
     E_TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -175,11 +196,10 @@ def _sum_one_split(
     FLATTEN: tl.constexpr,  # the tile loop and the k loop are pipelined as one
     E_TYPE: tl.constexpr,
 ):
-    y_T = tl.load(targets_ptr + t_rows)
     m_T = tl.load(offset_ptr + t_rows)
     sum_T = tl.zeros((BLOCK_T,), tl.float32)
-    first_tile = split * TILES
-    last_tile = tl.minimum(first_tile + TILES, tl.cdiv(vocab, BLOCK_V))
+    first_tile = split * tiles
+    last_tile = tl.minimum(first_tile + tiles, tl.cdiv(vocab, BLOCK_V))
     for tile in tl.range(first_tile, last_tile, flatten=FLATTEN):
         first_col = tile * BLOCK_V
         z = _logits_tile(
@@ -221,7 +241,7 @@ def _store_e(e, e_part, first_row, first_col, t_rows, t_mask, v_cols, e_cols, e_
         tl.store(e_ptrs, e_part, mask=t_mask[:, None] & (v_cols < e_cols)[None, :])
 
 
-@triton.jit
+@launched
 def exp_sums_kernel(
     hidden,
     weight,
@@ -247,11 +267,11 @@ def exp_sums_kernel(
     logit_scale,
     softcap,
     splits,
+    tiles,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    TILES: tl.constexpr,
     GROUP_T: tl.constexpr,
     TMA: tl.constexpr,
     E_TMA: tl.constexpr,
@@ -281,16 +301,17 @@ def exp_sums_kernel(
     t_rows = first_row + tl.arange(0, BLOCK_T).to(tl.int64)
     t_mask = t_rows < num_rows
     t_safe = tl.where(t_mask, t_rows, num_rows - 1)
+    y_T = _column_numbers(tl.load(targets_ptr + t_safe), vocab)
     _sum_one_split(
-        hidden, weight, bias_ptr, lora_hidden_ptr, lora_b_ptr, targets_ptr, offset_ptr, partial_ptr, e, first_row,
-        t_safe, t_mask, t_rows, num_rows, split, vocab, width, rank, hidden_stride_t, hidden_stride_k, weight_stride_v,
-        weight_stride_k, lora_b_stride_v, lora_b_stride_r, e_stride_t, e_cols, logit_scale, softcap, BLOCK_T, BLOCK_V,
-        BLOCK_K, BLOCK_R, TILES, TMA, E_TMA, EVEN_K, WIDEN, HAS_BIAS, HAS_SCALE, HAS_CAP, LORA_PRECISION, STORE_E,
-        HALVES, FLATTEN, E_TYPE,
+        hidden, weight, bias_ptr, lora_hidden_ptr, lora_b_ptr, y_T, offset_ptr, partial_ptr, e, first_row,
+        t_safe, t_mask, t_rows, num_rows, split, tiles, vocab, width, rank, hidden_stride_t, hidden_stride_k,
+        weight_stride_v, weight_stride_k, lora_b_stride_v, lora_b_stride_r, e_stride_t, e_cols, logit_scale, softcap,
+        BLOCK_T, BLOCK_V, BLOCK_K, BLOCK_R, TMA, E_TMA, EVEN_K, WIDEN, HAS_BIAS, HAS_SCALE, HAS_CAP, LORA_PRECISION,
+        STORE_E, HALVES, FLATTEN, E_TYPE,
     )  # fmt: skip
 
 
-@triton.jit
+@launched
 def redo_maxima_kernel(
     hidden,
     weight,
@@ -313,11 +334,11 @@ def redo_maxima_kernel(
     logit_scale,
     softcap,
     splits,
+    tiles,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    TILES: tl.constexpr,
     EVEN_K: tl.constexpr,
     WIDEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -333,8 +354,8 @@ def redo_maxima_kernel(
         t_rows = tl.load(index_ptr + tl.where(t_mask, positions, 0)).to(tl.int64)
         split = item % splits
         top_T = tl.full((BLOCK_T,), float("-inf"), tl.float32)
-        first_tile = split * TILES
-        for tile in range(first_tile, tl.minimum(first_tile + TILES, tl.cdiv(vocab, BLOCK_V))):
+        first_tile = split * tiles
+        for tile in range(first_tile, tl.minimum(first_tile + tiles, tl.cdiv(vocab, BLOCK_V))):
             z = _logits_tile(
                 hidden, weight, bias_ptr, lora_hidden_ptr, lora_b_ptr, 0, t_rows, tile * BLOCK_V, vocab, width, rank,
                 hidden_stride_t, hidden_stride_k, weight_stride_v, weight_stride_k, lora_b_stride_v, lora_b_stride_r,
@@ -347,7 +368,7 @@ def redo_maxima_kernel(
         tl.store(partial_ptr + tl.cast(split, tl.int64) * capacity + positions, top_T, mask=t_mask)
 
 
-@triton.jit
+@launched
 def redo_sums_kernel(
     hidden,
     weight,
@@ -375,11 +396,11 @@ def redo_sums_kernel(
     logit_scale,
     softcap,
     splits,
+    tiles,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    TILES: tl.constexpr,
     EVEN_K: tl.constexpr,
     WIDEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -395,16 +416,18 @@ def redo_sums_kernel(
         positions = item // splits * BLOCK_T + tl.arange(0, BLOCK_T)
         t_mask = positions < count
         t_rows = tl.load(index_ptr + tl.where(t_mask, positions, 0)).to(tl.int64)
+        # 64-bit, unlike exp_sums_kernel's: with narrow ones ptxas aims for fewer registers and spills
+        y_T = tl.load(targets_ptr + t_rows)
         _sum_one_split(
-            hidden, weight, bias_ptr, lora_hidden_ptr, lora_b_ptr, targets_ptr, offset_ptr, partial_ptr, e, 0, t_rows,
-            t_mask, positions, capacity, item % splits, vocab, width, rank, hidden_stride_t, hidden_stride_k,
+            hidden, weight, bias_ptr, lora_hidden_ptr, lora_b_ptr, y_T, offset_ptr, partial_ptr, e, 0, t_rows,
+            t_mask, positions, capacity, item % splits, tiles, vocab, width, rank, hidden_stride_t, hidden_stride_k,
             weight_stride_v, weight_stride_k, lora_b_stride_v, lora_b_stride_r, e_stride_t, e_cols, logit_scale,
-            softcap, BLOCK_T, BLOCK_V, BLOCK_K, BLOCK_R, TILES, False, False, EVEN_K, WIDEN, HAS_BIAS, HAS_SCALE,
+            softcap, BLOCK_T, BLOCK_V, BLOCK_K, BLOCK_R, False, False, EVEN_K, WIDEN, HAS_BIAS, HAS_SCALE,
             HAS_CAP, LORA_PRECISION, STORE_E, False, False, E_TYPE,
         )  # fmt: skip
 
 
-@triton.jit
+@launched
 def find_rows_kernel(sums_ptr, index_ptr, count_ptr, num_rows, MAX_SUM: tl.constexpr, BLOCK: tl.constexpr):
     """index[0:count] = the rows with S > MAX_SUM, in any order: a row's bits do not depend on its place in a tile."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -414,7 +437,7 @@ def find_rows_kernel(sums_ptr, index_ptr, count_ptr, num_rows, MAX_SUM: tl.const
     tl.store(index_ptr + places, rows, mask=bad)
 
 
-@triton.jit
+@launched
 def redo_offsets_kernel(partial_ptr, index_ptr, count_ptr, offset_ptr, capacity, splits, BLOCK: tl.constexpr):
     """offset[index[i]] = max over s of partial[s, i]."""
     count = tl.load(count_ptr)
@@ -428,7 +451,7 @@ def redo_offsets_kernel(partial_ptr, index_ptr, count_ptr, offset_ptr, capacity,
         tl.store(offset_ptr + tl.load(index_ptr + places, mask=mask, other=0), top, mask=mask)
 
 
-@triton.jit
+@launched
 def add_partials_kernel(
     partial_ptr,
     sums_ptr,
@@ -460,7 +483,7 @@ def add_partials_kernel(
         tl.store(sums_ptr + rows, total.to(tl.float32), mask=mask)
 
 
-@triton.jit
+@launched
 def exp_tile_kernel(
     z_ptr,  # [R, K] float32, contiguous: hidden W^T of one tile, LoRA's part included
     bias_ptr,
@@ -481,7 +504,7 @@ def exp_tile_kernel(
 ):
     """The epilogue of exp_sums_kernel on logits that a library product has written: one program per row, one pass."""
     t = tl.program_id(0).to(tl.int64)
-    y = tl.load(targets_ptr + t) - first_col
+    y = _column_numbers(tl.load(targets_ptr + t) - first_col, cols)
     m = tl.load(offset_ptr + t)
     total = tl.zeros((BLOCK_V,), tl.float32)
     for first in range(0, cols, BLOCK_V):
@@ -504,7 +527,7 @@ def exp_tile_kernel(
     tl.store(partial_ptr + t, tl.sum(total, 0))
 
 
-@triton.jit
+@launched
 def target_logits_kernel(
     hidden_ptr,
     weight_ptr,
@@ -579,7 +602,7 @@ def _expm1(x):
     return tl.where(u == 1.0, x, tl.where(u == 0.0, -1.0, corrected))
 
 
-@triton.jit
+@launched
 def finish_rows_kernel(
     target_logit_ptr,
     offset_ptr,
@@ -612,7 +635,7 @@ def finish_rows_kernel(
     tl.store(e_coeff_ptr + rows, (logit_scale / total).to(tl.float32), mask=mask)
 
 
-@triton.jit
+@launched
 def segment_sums_kernel(value_ptr, boundaries_ptr, out_ptr, BLOCK: tl.constexpr):
     """out[b] = sum of value[boundaries[b]:boundaries[b + 1]] in float64: one program per sequence, always in this
     order."""
@@ -626,7 +649,7 @@ def segment_sums_kernel(value_ptr, boundaries_ptr, out_ptr, BLOCK: tl.constexpr)
     tl.store(out_ptr + b, tl.sum(total, 0))
 
 
-@triton.jit
+@launched
 def row_grad_kernel(
     product_ptr,  # [C, D] float32: E matrix
     matrix_ptr,  # [V, D]
@@ -661,7 +684,7 @@ def row_grad_kernel(
         tl.store(out_ptr + t * out_stride_t + d, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@launched
 def scale_rows_kernel(
     rows_ptr, coeff_ptr, out_ptr, width, rows_stride_t, rows_stride_d, out_stride_t, BLOCK_D: tl.constexpr
 ):
@@ -675,7 +698,7 @@ def scale_rows_kernel(
         tl.store(out_ptr + t * out_stride_t + d, (coeff * x.to(tl.float32)).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@launched
 def add_target_rows_kernel(
     rows_ptr,  # [C, D]
     coeff_ptr,  # [C]

@@ -7,12 +7,17 @@ N, so that a row's log-probability has the same bits in a batch of any size.
 The first call on a head with enough rows to time (MIN_ROWS) measures the shipped candidates of its device and stores
 the fastest under the cache folder ($UNLEARN_KERNELS_CACHE, else $XDG_CACHE_HOME or ~/.cache, /unlearn_kernels). Calls
 before that, under CUDA graph capture and with UNLEARN_KERNELS_AUTOTUNE=0 take the first candidate.
+
+Calls that write E (gradients) and calls that do not are measured apart, each at its first: E's stores cost some plans
+more than others. So the log-probabilities of the two may differ in their last bits. A plan is measured again when the
+kernels' source changes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -170,7 +175,8 @@ def candidates(
     aligned: bool = True,
 ) -> tuple[Plan, ...]:
     """lora, capped: what the epilogue holds besides a tile of logits, which leaves no registers for the large tiles.
-    aligned: whether hidden's and the weight's rows come in 16-byte loads."""
+    aligned: whether hidden's and the weight's rows come in 16-byte loads. The candidates do not depend on whether E is
+    written; their measurement does."""
     name = family(device)
     if hidden != weight or hidden.itemsize != 2:
         return _32_BIT.get(name, _32_BIT["safe"])
@@ -204,15 +210,18 @@ def _named(name: str, plans: tuple[Plan, ...]) -> Plan:
     raise ValueError(f"plan is {name!r}; accepted: fused, {', '.join(plan_name(plan) for plan in plans)}")
 
 
-def choose(hidden: Tensor, weight: Tensor, run: Callable[[Plan], None], **traits: bool) -> Plan:
-    """The plan for this head, whose traits are those of `candidates`; run(plan) does the work at hand and may be called
-    to time it."""
+def choose(
+    hidden: Tensor, weight: Tensor, run: Callable[[Plan], None], *, writes_e: bool = False, **traits: bool
+) -> Plan:
+    """The plan for this head, whose traits are those of `candidates`, with or without E; run(plan) does the work at
+    hand and may be called to time it."""
     plans = candidates(hidden.device, hidden.dtype, weight.dtype, **traits)
     if _forced:
         return _named(_forced[-1], plans)
     if len(plans) == 1 or os.environ.get("UNLEARN_KERNELS_AUTOTUNE") == "0":
         return plans[0]
-    key = " ".join([_key(hidden, weight), *(f"{trait}={value}" for trait, value in sorted(traits.items()))])
+    described = sorted({"e": writes_e, **traits}.items())
+    key = " ".join([_key(hidden, weight), *(f"{trait}={value}" for trait, value in described)])
     known = _known()
     if key in known:
         with contextlib.suppress(ValueError):  # a name that a newer version no longer ships
@@ -256,7 +265,15 @@ def _key(hidden: Tensor, weight: Tensor) -> str:
     vocab, width = weight.shape
     dtypes = "/".join(str(x.dtype).removeprefix("torch.") for x in (hidden, weight))
     name = torch.cuda.get_device_name(hidden.device)
-    return f"{name}; triton {triton.__version__}; torch {torch.__version__}; H {width} V {vocab} {dtypes}"
+    versions = f"triton {triton.__version__}; torch {torch.__version__}; kernels {_source_digest()}"
+    return f"{name}; {versions}; H {width} V {vocab} {dtypes}"
+
+
+@functools.cache
+def _source_digest() -> str:
+    """Of what the plans run."""
+    source = pathlib.Path(__file__).with_name("triton_kernels.py")
+    return hashlib.blake2b(source.read_bytes(), digest_size=6).hexdigest()
 
 
 def cache_file() -> pathlib.Path:
@@ -272,22 +289,28 @@ _memory: dict[str, str] = {}
 
 def _known() -> dict[str, str]:
     if not _memory:
-        try:
-            stored = json.loads(cache_file().read_text())
-            _memory.update({key: name for key, name in stored.items() if isinstance(name, str)})
-        except (OSError, ValueError, AttributeError):
-            _memory.update({"": ""})  # read once; a broken file is written anew
+        _memory.update(_stored() or {"": ""})  # read once
     return _memory
 
 
+def _stored() -> dict[str, str]:
+    """What the file holds; nothing where it is missing or broken, and then it is written anew."""
+    try:
+        stored = json.loads(cache_file().read_text())
+        return {key: name for key, name in stored.items() if isinstance(name, str)}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
 def _remember(key: str, name: str) -> None:
-    """Kept in this process, and on disk where the folder can be written."""
+    """Kept in this process, and on disk where the folder can be written, beside what other processes have put there
+    since."""
     _known()[key] = name
     path = cache_file()
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({k: v for k, v in _memory.items() if k}, indent=1))
+        temporary.write_text(json.dumps({**_stored(), key: name}, indent=1))
         os.replace(temporary, path)
 
 

@@ -218,8 +218,8 @@ MUTANTS = (
     Mutant(
         "the workspace is not respected",
         "problem.py",
-        "(self.spec.workspace_bytes - scratch_bytes)",
-        "(8 * self.spec.workspace_bytes)",
+        "(self.spec.workspace_bytes - scratch_bytes) // row_bytes",
+        "(8 * self.spec.workspace_bytes) // row_bytes",
         (f"{MEMORY}::test_no_single_allocation_passes_the_bound",),
     ),
     Mutant(

@@ -100,7 +100,8 @@ def test_many_splits_and_launches(monkeypatch):
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
 def test_more_splits_than_the_finishers_add_at_once(dtype, monkeypatch):
-    monkeypatch.setattr(triton_backend, "_SPLIT_BLOCKS", {"BLOCK_S": 2, "BLOCK_T": 16})
+    for name in ("_SPLIT_BLOCKS", "_PLANE_BLOCKS"):
+        monkeypatch.setattr(triton_backend, name, {"BLOCK_S": 2, "BLOCK_T": 16})
     case = make_case(18, 8, 1300, dtype)
     assert_every_row(case)
     stats, truth = uk.token_stats(*case.inputs), case.like(torch.float64)
@@ -451,6 +452,26 @@ def test_a_target_out_of_range_is_nan_in_its_row_only(bad, monkeypatch):
     assert bool(stats.logprobs[5].isnan()) and bool(stats.mean_logprob[5].isnan())
     for column in (stats.logprobs, stats.mean_logprob, stats.var_logprob):
         assert bool(column[others].isfinite().all())
+
+
+@pytest.mark.parametrize("plan", ["fused", "library"])
+@pytest.mark.parametrize("bad", [(1 << 32) + 5, 5 - (1 << 32), 1 << 31, 257, -(1 << 63)])
+def test_a_target_past_32_bits_is_no_column(bad, plan, monkeypatch):
+    """Narrowed carelessly it would name column 5: that one would be missing from its row's sum and from E."""
+    monkeypatch.setattr(triton_backend, "TILE_ELEMENTS", 1024 * 100)
+    case = make_case(3, 24, 257, lead=0.0)
+    results = []
+    for target in (bad, -1):
+        targets = torch.tensor([5, target, 256], device=device())
+        scratch = torch.empty(20_000, device=device())
+        offset, sums = torch.full((3,), 10.0, device=device()), torch.empty(3, device=device())
+        e = torch.empty(3, 257, device=device())
+        with torch.no_grad(), triton_tuning.force(plan):
+            inputs = (case.hidden.detach(), case.weight.detach(), targets, None, None, None, 1.0, 0.0)
+            backends.BACKENDS["triton"].steps.exp_sums(*inputs, offset, sums, e, scratch)
+        results.append((sums, e))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    assert (results[0][1] == 0.0).nonzero().tolist() == [[0, 5], [2, 256]]
 
 
 # -- float64 scalars: log(1 + x) and exp(x) - 1

@@ -36,7 +36,11 @@ WITHOUT_LOGITS = {
     "segment_sums_kernel", "target_logits_kernel", "token_stats_finish_kernel",
 }  # fmt: skip
 # Rare rows: ptxas keeps to 128 or 168 registers for the sake of occupancy.
-TOLERATED_SPILLS = {("redo_sums_kernel", "float32", "sm_100"): 16, ("redo_sums_kernel", "H 2052", "sm_100"): 16}
+TOLERATED_SPILLS = {
+    ("redo_sums_kernel", "float32", "sm_100"): 16,
+    ("redo_sums_kernel", "H 2052", "sm_100"): 16,
+    ("redo_maxima_kernel", "float32", "sm_90"): 32,  # triton 3.6 alone
+}
 
 
 def complaints(row: SimpleNamespace) -> list[str]:

@@ -1,6 +1,7 @@
 """Which plan serves a head: measured once, remembered in the process and on disk, never a reason to fail."""
 
 import json
+import pathlib
 
 import pytest
 import torch
@@ -79,12 +80,55 @@ def test_measured_once_and_read_again_by_the_next_process(gpu, monkeypatch):
     assert "NVIDIA H100" in key and "H 8 V 20 bfloat16/bfloat16" in key
 
 
+def test_other_kernels_are_measured_anew(gpu, monkeypatch):
+    chosen(gpu)
+    count = len(gpu)
+    new_process(monkeypatch)
+    monkeypatch.setattr(tuning, "_source_digest", lambda: "other kernels")
+    chosen(gpu)
+    assert len(gpu) == 2 * count and len(json.loads(tuning.cache_file().read_text())) == 2
+
+
+def test_the_digest_is_the_kernels(monkeypatch):
+    read = pathlib.Path.read_bytes
+    before = tuning._source_digest.__wrapped__()
+    monkeypatch.setattr(pathlib.Path, "read_bytes", lambda path: read(path) + b" ")
+    assert tuning._source_digest.__wrapped__() != before == tuning._source_digest()
+
+
+def test_what_another_process_has_measured_since_stays(gpu):
+    chosen(gpu)
+    (key,) = json.loads(tuning.cache_file().read_text())
+    tuning.cache_file().write_text(json.dumps({key: LIBRARY, "another head": FAST.name}))
+    chosen(gpu, width=16)
+    stored = json.loads(tuning.cache_file().read_text())
+    assert len(stored) == 3 and stored[key] == LIBRARY and stored["another head"] == FAST.name
+    assert chosen(gpu) == tuning._16_BIT["sm_90"][1], "this process goes on as it measured"
+
+
+def test_steps_that_write_e_are_measured_apart(monkeypatch):
+    backend = pytest.importorskip("unlearn_kernels.triton_backend")
+    asked = []
+
+    def choose(hidden, weight, run, *, writes_e, **traits):
+        asked.append(writes_e)
+        raise StopIteration
+
+    monkeypatch.setattr(tuning, "choose", choose)
+    hidden, weight, row = torch.zeros(3, 8), torch.zeros(20, 8), torch.zeros(3)
+    for e in (None, torch.zeros(3, 20)):
+        with pytest.raises(StopIteration):
+            backend.exp_sums(hidden, weight, row.long(), None, None, None, 1.0, 0.0, row, row, e, row)
+    assert asked == [False, True]
+
+
 def test_every_kind_of_head_has_a_measurement_of_its_own(gpu):
-    for kind in ({}, {"lora": True}, {"capped": True}, {"width": 16}, {"dtype": torch.float16}):
+    kinds = ({}, {"lora": True}, {"capped": True}, {"width": 16}, {"dtype": torch.float16}, {"writes_e": True})
+    for kind in kinds:
         before = len(gpu)
         chosen(gpu, **kind)
         assert len(gpu) > before, kind
-    assert len(json.loads(tuning.cache_file().read_text())) == 5
+    assert len(json.loads(tuning.cache_file().read_text())) == 6
 
 
 def test_nothing_is_measured_with_few_rows_under_capture_or_when_told_not_to(gpu, monkeypatch):

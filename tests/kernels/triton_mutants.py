@@ -51,6 +51,13 @@ TILES = (
         "17-24-257",
     ),
     Mutant(
+        "triton: a target past 32 bits aliases a column",
+        KERNELS,
+        "return tl.where((targets >= 0) & (targets < vocab), targets, -1).to(tl.int32)",
+        "return targets.to(tl.int32)",
+        (f"{TRITON}::test_a_target_past_32_bits_is_no_column",),
+    ),
+    Mutant(
         "triton: the offset is forgotten",
         KERNELS,
         "tl.exp2((z - m_T[:, None]) * LOG2E)",
@@ -248,8 +255,8 @@ LIBRARY = (
     Mutant(
         "triton, library's product: the target is looked for in the first tile only",
         KERNELS,
-        "y = tl.load(targets_ptr + t) - first_col",
-        "y = tl.load(targets_ptr + t)",
+        "tl.load(targets_ptr + t) - first_col",
+        "tl.load(targets_ptr + t)",
         LIBRARY_TILES,
         "library-triton",
     ),
@@ -667,6 +674,20 @@ CHOOSING = (
         "H {width} V {vocab}",
         "V {vocab}",
         (f"{PLANS}::test_every_kind_of_head_has_a_measurement_of_its_own",),
+    ),
+    Mutant(
+        "triton plans: a plan measured without E serves where E is written",
+        TUNING,
+        '{"e": writes_e, **traits}',
+        "traits",
+        (f"{PLANS}::test_every_kind_of_head_has_a_measurement_of_its_own",),
+    ),
+    Mutant(
+        "triton plans: what another process has measured is overwritten",
+        TUNING,
+        "{**_stored(), key: name}",
+        "_memory",
+        (f"{PLANS}::test_what_another_process_has_measured_since_stays",),
     ),
     Mutant(
         "triton plans: a broken cache file is an error",
