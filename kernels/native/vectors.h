@@ -83,6 +83,7 @@ UNLEARN_INLINE floats from_bf16(halves x) {
   return from_bits(__builtin_convertvector(x, words) << 16);
 }
 
+#ifdef __AVX512F__
 // The shuffles of a 16 x 16 transposition, each one instruction of AVX-512 (which GCC finds from these patterns).
 #if defined(__clang__) || __GNUC__ >= 12
 #define UNLEARN_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -138,5 +139,24 @@ UNLEARN_INLINE void transpose(words (&rows)[16]) {
     rows[12 + j] = odd_quarters(odd_low, odd_high);
   }
 }
+
+#else
+
+// Elsewhere shuffles of such vectors fall apart into single words, which takes a compiler minutes; and the fused kernels,
+// whose transpositions must be fast, run where there is AVX-512.
+UNLEARN_INLINE void transpose(words (&rows)[16]) {
+  uint32_t block[16][16];
+  std::memcpy(block, rows, sizeof block);
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const uint32_t other = block[i][j];
+      block[i][j] = block[j][i];
+      block[j][i] = other;
+    }
+  }
+  std::memcpy(rows, block, sizeof block);
+}
+
+#endif
 
 }  // namespace unlearn_native::UNLEARN_ISA
