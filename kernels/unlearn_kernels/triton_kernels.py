@@ -136,7 +136,7 @@ def _exp_part(z, m_T, y_T, first_col, vocab, softcap, HAS_CAP: tl.constexpr):
     slope. The subtraction comes first, exactly: log2(e) folded into one multiply-add would round m."""
     # counted from the tile's first: compared with constants, in a fifth fewer instructions
     cols = tl.arange(0, z.shape[1])
-    wanted = (cols[None, :] != (y_T - first_col)[:, None]) & (cols < vocab - first_col)[None, :]
+    wanted = (cols[None, :] != (y_T - first_col)[:, None]) & (first_col + cols < vocab)[None, :]
     terms = tl.where(wanted, tl.exp2((z - m_T[:, None]) * LOG2E), 0.0)
     e = terms
     if HAS_CAP:

@@ -76,7 +76,7 @@ _16_BIT: dict[str, tuple[Plan, ...]] = {
     ),
     "sm_100": (
         Config(128, 128, 64, 4, 3, tiles=4, tma=True, halves=True),
-        Config(128, 256, 64, 8, 3, tma=True, halves=True),
+        Config(256, 128, 64, 8, 3, tiles=4, tma=True, halves=True),  # 128 x 256 spills when it writes E
         Config(128, 128, 64, 4, 4, tiles=4, tma=True, halves=True),
         LIBRARY,
     ),

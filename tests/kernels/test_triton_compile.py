@@ -36,9 +36,7 @@ WITHOUT_LOGITS = {
     "segment_sums_kernel", "target_logits_kernel", "token_stats_finish_kernel",
 }  # fmt: skip
 # Rare rows: ptxas keeps to 128 or 168 registers for the sake of occupancy.
-TOLERATED_SPILLS = {
-    ("redo_sums_kernel", variant, "sm_100"): 32 for variant in ("plain", "library", "V 50257", "float32", "H 2052")
-}
+TOLERATED_SPILLS = {("redo_sums_kernel", "H 2052", "sm_100"): 8, ("redo_sums_kernel", "float32", "sm_80"): 24}
 
 
 def complaints(row: SimpleNamespace) -> list[str]:

@@ -37,7 +37,7 @@ TILES = (
     Mutant(
         "triton: the columns beyond the vocabulary count",
         KERNELS,
-        "wanted = (cols[None, :] != (y_T - first_col)[:, None]) & (cols < vocab - first_col)[None, :]",
+        "wanted = (cols[None, :] != (y_T - first_col)[:, None]) & (first_col + cols < vocab)[None, :]",
         "wanted = cols[None, :] != (y_T - first_col)[:, None]",
         FUSED,
         "17-24-257",
@@ -45,8 +45,8 @@ TILES = (
     Mutant(
         "triton: the target's own column stays in S and E",
         KERNELS,
-        "wanted = (cols[None, :] != (y_T - first_col)[:, None]) & (cols < vocab - first_col)[None, :]",
-        "wanted = (cols < vocab - first_col)[None, :]",
+        "wanted = (cols[None, :] != (y_T - first_col)[:, None]) & (first_col + cols < vocab)[None, :]",
+        "wanted = (first_col + cols < vocab)[None, :]",
         FUSED,
         "17-24-257",
     ),
