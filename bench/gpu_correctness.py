@@ -30,9 +30,9 @@ from torch import Tensor
 
 import unlearn_kernels as uk
 from bench import part as parts
-from bench.gpu_kernels import errors_of
 from bench.inputs import Case as BenchCase
 from bench.inputs import matrix_core_error, truth_of
+from bench.measure import errors_of
 from bench.part import Part
 from bench.providers import ERROR_TARGET, Ours, variants
 from bench.rows import ROOT, first_line

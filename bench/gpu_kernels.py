@@ -17,14 +17,14 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import part as parts
 from bench import providers as everyone
-from bench.inputs import Case, Padded, Shape, Truth, padded_truth, relative_error, truth_of
+from bench.inputs import Case, Padded, Shape, padded_truth, relative_error, truth_of
+from bench.measure import Fields, checked, has_speed, named, outcome, speed
 from bench.part import Part
 from bench.providers import Ours, Provider, work_of
 from bench.rows import first_line
@@ -41,7 +41,6 @@ PADDED_BATCH, PADDED_LENGTH, LABELLED = 32, 512, 0.15
 # The weight's gradient in float64 costs a pass over all rows.
 DWEIGHT_ROWS = 4096
 DTYPE = torch.bfloat16
-Fields = dict[str, Any]
 
 
 def main() -> int:
@@ -99,10 +98,6 @@ def shapes_of(part: Part) -> list[Shape]:
     return [(rows, *head) for rows in (PEER_ROWS if part.args.peers else ROWS) for head in HEADS]
 
 
-def named(shape: Shape) -> Fields:
-    return {"shape": dict(zip("NHV", shape, strict=True)), "dtype": str(DTYPE).removeprefix("torch.")}
-
-
 def cost(shape: Shape) -> float:
     """A shape's share of the time: its product, and what starting costs whatever the size."""
     return math.prod(shape) + 4096 * 4096 * 128256
@@ -146,8 +141,8 @@ class Matrix:
             provider.begin()
             for kind in (kind for kind in self.kinds if kind in provider.kinds):
                 key = (provider.name, kind)
-                errors[key] = self._errors(provider, kind, case, truth)
-                if not {"refused", "failed"} & set(errors[key]):
+                errors[key] = checked(provider, kind, case, truth)
+                if has_speed(errors[key]):
                     timed.add(key, work_of(provider, kind, case))
         tiny = self.part.tiny
         timed.rounds(end - time.monotonic(), least=1 if tiny else 3, most=2 if tiny else self.part.args.rounds)
@@ -165,20 +160,6 @@ class Matrix:
         free = torch.cuda.mem_get_info(self.part.device)[0] + _cached(self.part.device)
         num_tokens, width, vocab = self.shape
         return 2 * num_tokens * vocab + 8 * vocab * width + (2 << 30) < free
-
-    def _errors(self, provider: Provider, kind: str, case: Case, truth: Truth) -> Fields:
-        """Errors by name, `refused` where one is out of bounds, or `failed` with the message of what was raised."""
-        try:
-            found = errors_of(provider, kind, case, truth)
-        except Exception as error:
-            found = {"failed": first_line(error)}
-        case.ask(hidden=False, weight=False)
-        release(self.part.device)
-        if "failed" in found:
-            return found
-        bounds = {"logprob_rms": provider.refused_above(self.part.device, self.shape[1], truth.logsumexp_S)}
-        inside = all(value <= bounds.get(key, provider.gradient_bound) for key, value in found.items())
-        return found if inside else found | {"refused": True}
 
     def _write_unit(self, timed: Interleaved, unit: Unit) -> float:
         lower, unit_ms, upper = quartiles(timed.times["unit", 0])
@@ -203,7 +184,7 @@ class Matrix:
         key, row = (provider.name, kind), {"case": kind, "provider": provider.name, **named(self.shape), **errors}
         if key in timed.failed:
             row["failed"] = timed.failed[key]
-        if not {"refused", "failed"} & set(row):
+        if has_speed(row):
             row |= speed(timed.times[key], unit_ms)
             case.ask(hidden=False, weight=False)
             row["peak_mib"] = peak_if_any(work_of(provider, kind, case), self.part.device)
@@ -272,7 +253,7 @@ class PaddedBatch:
             for kind in ("full", "frozen"):
                 key = (provider.name, kind)
                 errors[key] = self._errors(provider, kind, batch, truth)
-                if not {"refused", "failed"} & set(errors[key]):
+                if has_speed(errors[key]):
                     timed.add(key, padded_work(provider, kind, batch))
         del truth
         tiny = self.part.tiny
@@ -285,7 +266,7 @@ class PaddedBatch:
                 row = {"case": f"padded_{kind}", "provider": provider.name, **shared, **errors[key]}
                 if key in timed.failed:
                     row["failed"] = timed.failed[key]
-                if not {"refused", "failed"} & set(row):
+                if has_speed(row):
                     row |= speed(timed.times[key], unit_ms)
                     batch.ask(hidden=False, weight=False)
                     row["peak_mib"] = peak_if_any(padded_work(provider, kind, batch), self.part.device)
@@ -314,43 +295,12 @@ def padded_work(provider: Provider, kind: str, batch: Padded) -> Callable[[], No
     return step
 
 
-def errors_of(provider: Provider, kind: str, case: Case, truth: Truth) -> Fields:
-    """What this kind gets wrong: rms of log-probabilities (nats), relative error of the gradients it computes."""
-    if kind == "forward":
-        with torch.no_grad(), provider.context():
-            logprob = provider.tokens(case.hidden, case.weight, case.targets)[truth.rows]
-        return {"logprob_rms": float((logprob.double() - truth.logprob_S).square().mean().sqrt())}
-    work_of(provider, kind, case)()
-    want = truth.dhidden_SH
-    if kind == "mean_ce":
-        want = want / truth.slope_S[:, None] / -len(case.hidden)
-    found = {"dhidden_relative": relative_error(case.hidden.grad[truth.rows], want)}
-    if kind == "full" and truth.dweight_CH is not None:
-        found["dweight_relative"] = relative_error(case.weight.grad[truth.columns], truth.dweight_CH)
-    return found
-
-
-def speed(times: list[float], unit_ms: float) -> Fields:
-    lower, middle, upper = quartiles(times)
-    return {
-        "units": middle / unit_ms,
-        "units_quartiles": [lower / unit_ms, upper / unit_ms],
-        "ms": middle,
-        "unit_ms": unit_ms,
-        "rounds": len(times),
-    }
-
-
 def report(part: Part, provider: Provider, row: Fields) -> None:
     """Write and print a row. A wrong answer is a failure, and ours is if it does not run; a peer may be unable to."""
     failed = "refused" in row or ("failed" in row and isinstance(provider, Ours))
     part.rows.write(row, failed=failed)
     shape = " ".join(f"{letter}={size}" for letter, size in row["shape"].items())
-    if "refused" in row:
-        outcome = f"REFUSED { ({key: row[key] for key in row if key.endswith(('rms', 'relative'))}) }"
-    else:
-        outcome = row.get("failed") or f"{row['units']:.3f} units, {row.get('peak_mib') or 0:.0f} MiB"
-    print(f"{shape} {row['case']:13} {row['provider']:34} {outcome}", flush=True)
+    print(f"{shape} {row['case']:13} {row['provider']:34} {outcome(row)}", flush=True)
 
 
 def smallest(part: Part) -> list[Shape]:

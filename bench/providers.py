@@ -10,11 +10,12 @@ Peers and the calls they stand on (read in the named releases):
     torch.linear_cross_entropy  torch 2.13, nn.functional.linear_cross_entropy(options=LinearCrossEntropyOptions())
     liger                     liger-kernel 0.8.5, liger_fused_linear_cross_entropy(reduction="none" | "mean")
     liger-scaled              the same release's LigerFusedLinearScaledCrossEntropyFunction (CuTe on Hopper)
-    cut-cross-entropy         25.1.1, linear_cross_entropy(reduction="none"); [exact] is filter_eps=None
+    liger-chunked             the same release's LigerFusedLinearUnpairedPreferenceBase with NPO as its loss; CPUs
+    cut-cross-entropy         25.1.1, linear_cross_entropy(reduction="none"); [exact] is filter_eps=None, and on a CPU
+                              [torch_compile] is impl="torch_compile"
     quack                     quack-kernels 0.6.5, chunked_linear_cross_entropy: mean or sum alone, so no NPO
     trl                       1.16.0, trl.kernels.ChunkedLogProbFunction
-liger's chunked preference losses (DPO, KTO, ...) are not here: none of them is NPO, and their unpaired base masks
-metrics in a way that its own users report as wrong for more than one sequence a chunk.
+liger's chunked preference losses (DPO, KTO, ...) are not here, none of them is NPO; their base class is.
 """
 
 from __future__ import annotations
@@ -172,12 +173,12 @@ class Ours(Provider):
 
 
 class PlainTorch(Provider):
-    """What trainers do: full logits in the model's dtype, log-softmax in float32."""
+    """What trainers do: full logits in the model's dtype (exact: in float32), log-softmax in float32."""
 
-    def __init__(self, name: str, *, compiled: bool = False) -> None:
+    def __init__(self, name: str, *, compiled: bool = False, exact: bool = False) -> None:
         super().__init__(name)
         self.slow_to_start = compiled
-        self._call = plain_logprobs
+        self._call = exact_logprobs if exact else plain_logprobs
 
     def missing(self, device: torch.device) -> str | None:
         return "compiled on GPUs alone" if self.slow_to_start and device.type != "cuda" else None
@@ -193,6 +194,10 @@ class PlainTorch(Provider):
 
 def plain_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return (hidden @ weight.T).float().log_softmax(-1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
+
+
+def exact_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return plain_logprobs(hidden.float(), weight.float(), targets)
 
 
 class TorchLinearCrossEntropy(Provider):
@@ -280,21 +285,62 @@ class LigerScaled(Peer):
         return -LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, targets, 1.0, IGNORE)
 
 
+class LigerChunked(Peer):
+    """NPO by its base class for losses of unpaired sequences, which forms gradients in its forward, a few sequences at
+    a time. The base hands a loss nothing of its own but the labels, so they carry each sequence's place in `ref`; its
+    metrics, sums over chosen and rejected ones, mean nothing here."""
+
+    modules = ("liger_kernel.chunked_loss.fused_linear_unpaired_preference",)
+    runs_on_cpu = True
+    kinds = ("full", "frozen")
+    has_tokens = False
+
+    def unsupported(self, device: torch.device) -> str | None:
+        return "measured on CPUs alone" if device.type != "cpu" else None
+
+    def loss(self, case: Case) -> Tensor:
+        from liger_kernel.chunked_loss.fused_linear_unpaired_preference import LigerFusedLinearUnpairedPreferenceBase
+
+        class Chunked(LigerFusedLinearUnpairedPreferenceBase):
+            @staticmethod
+            def preference_loss_fn(log_prob_chunk, places, full_target):
+                picked = case.ref[places].float()
+                return npo(log_prob_chunk, picked) * len(places) / len(case.ref)
+
+            @classmethod
+            def forward(cls, ctx, hidden, weight, targets, places):
+                return LigerFusedLinearUnpairedPreferenceBase.forward(
+                    cls, ctx, hidden, weight, targets, places, chunk_size=1, compiled=False
+                )
+
+            @staticmethod
+            def backward(ctx, *upstream):
+                return LigerFusedLinearUnpairedPreferenceBase.backward(ctx, upstream)[:4]
+
+        num_sequences = len(case.ref)
+        hidden = case.hidden.reshape(num_sequences, case.length, -1)
+        places = torch.arange(num_sequences, device=hidden.device)
+        loss: Tensor = Chunked.apply(hidden, case.weight, case.targets.reshape(num_sequences, -1), places)[0]
+        return loss
+
+
 class CutCrossEntropy(Peer):
-    """exact: without the gradient filter that skips blocks of small probabilities."""
+    """exact: without the gradient filter that skips blocks of small probabilities. compiled: its torch_compile
+    implementation, which runs on CPUs."""
 
     modules = ("cut_cross_entropy",)
 
-    def __init__(self, name: str, *, exact: bool = False) -> None:
+    def __init__(self, name: str, *, exact: bool = False, compiled: bool = False) -> None:
         super().__init__(name)
-        self.exact = exact
+        self.exact, self.runs_on_cpu = exact, compiled
+        self.impl = "torch_compile" if compiled else "cce"
 
     def _nll(self, hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
         from cut_cross_entropy import linear_cross_entropy
 
         filtering = {"filter_eps": None} if self.exact else {}
         return linear_cross_entropy(
-            hidden, weight, targets, ignore_index=IGNORE, reduction=reduction, impl="cce", **filtering
+            hidden, weight, targets, ignore_index=IGNORE, reduction=reduction, impl=self.impl, **filtering
         )
 
     def tokens(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -386,6 +432,22 @@ def peers() -> list[Provider]:
         CutCrossEntropy("cut-cross-entropy"),
         CutCrossEntropy("cut-cross-entropy[exact]", exact=True),
         Quack("quack"),
+        TRL("trl"),
+    ]
+
+
+def cpu_peers() -> list[Provider]:
+    """Those that a CPU runs, and what else it has."""
+    return [
+        PlainTorch("torch"),
+        PlainTorch("torch[float32]", exact=True),
+        *(
+            TorchLinearCrossEntropy(f"torch.linear_cross_entropy[{policy}]", policy)
+            for policy in ("auto", "accurate", "balanced", "compact")
+        ),
+        LigerScaled("liger-scaled"),
+        LigerChunked("liger-chunked"),
+        CutCrossEntropy("cut-cross-entropy[torch_compile]", compiled=True),
         TRL("trl"),
     ]
 

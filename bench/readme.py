@@ -1,4 +1,5 @@
-"""Write the README's tables from the committed rows: `python -m bench.readme`; `--check` only compares.
+"""Write the README's tables and pictures from the committed rows: `python -m bench.readme`; `--check` only compares
+tables.
 
 A table stands between `<!-- rows:NAME -->` and `<!-- end -->`; NAME picks the function below that makes it.
 """
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench import charts
 from bench.rows import read
 from unlearn.report import format_number
 
@@ -64,26 +66,56 @@ def _results_table(case: str, columns: dict[str, str], spread: tuple[str, ...]) 
     return _markdown(lines) + _source(case, rows) + f" A run took {wall / 60:.1f} minutes."
 
 
-def kernels_table() -> str:
-    """Units and errors of the kernels and of plain torch, a line per shape, dtype and provider."""
-    rows = read("kernels")
+def cpu_table() -> str:
+    """Units, errors and memory on a CPU of this project and of plain torch, a line per shape, dtype and provider."""
+    return _cpu_table("cpu_ours")
+
+
+def cpu_peers_table() -> str:
+    return _cpu_table("cpu_peers")
+
+
+def _cpu_table(name: str) -> str:
+    rows = [row for row in read(name) if "shape" in row and not row["tiny"]]
     if not rows:
-        return "No rows yet: `python -m bench.kernels` makes `bench/results/kernels.jsonl`."
+        return f"No rows yet: `python -m bench.cpu {name.removeprefix('cpu_')}` makes `bench/results/{name}.jsonl`."
     lines = [["N x H x V", "dtype", "provider", "forward", "NPO full", "NPO frozen head", "log-prob error", "dH error",
-              "dW error", "peak memory, full"],
-             ["---", "---", "---", *["---:"] * 7]]  # fmt: skip
-    for row in (row for row in rows if row["case"] == "forward"):
-        same = {
-            other["case"]: other
-            for other in rows
-            if all(other[key] == row[key] for key in ("shape", "dtype", "provider"))
-        }
-        shape = " x ".join(str(row["shape"][letter]) for letter in "NHV")
-        units = [f"{same[kind]['units']:.2f}" for kind in ("forward", "full", "frozen")]
-        errors = [f"{row[key]:.1e}" for key in ("logprob_rms", "dhidden_relative", "dweight_relative")]
-        memory = f"{same['full']['peak_mib']:.0f} MiB"
-        lines.append([shape, row["dtype"], row["provider"], *units, *errors, memory])
-    return _markdown(lines) + _source("kernels", rows)
+              "dW error", "peak MiB, full"], ["---", "---", "---", *["---:"] * 7]]  # fmt: skip
+    found = {(str(row["shape"]), row["dtype"], row["provider"], row["case"]): row for row in rows}
+    for key in dict.fromkeys(key[:3] for key in found):
+        same = {kind: found[*key, kind] for kind in ("forward", "full", "frozen") if (*key, kind) in found}
+        first, full = next(iter(same.values())), same.get("full", {})
+        errors = [
+            same.get("forward", {}).get("logprob_rms"),
+            full.get("dhidden_relative"),
+            full.get("dweight_relative"),
+        ]
+        peak = full.get("peak_mib")
+        lines.append(
+            [
+                " x ".join(str(first["shape"][letter]) for letter in "NHV"),
+                first["dtype"],
+                first["provider"],
+                *(_units(same.get(kind)) for kind in ("forward", "full", "frozen")),
+                *("" if error is None else f"{error:.1e}" for error in errors),
+                "" if peak is None else f"{peak:.0f}",
+            ]
+        )
+    return _markdown(lines) + _source(name, rows)
+
+
+def cpu_memory_table() -> str:
+    """How far one call raises a process's resident memory."""
+    rows = [row for row in read("cpu_memory") if "peak_rss_mib" in row and not row["tiny"]]
+    if not rows:
+        return "No rows yet: `python -m bench.cpu memory` makes `bench/results/cpu_memory.jsonl`."
+    lines = [["call", "resident memory rises by", "of it gradients", "workspace", "inputs", "units"],
+             ["---", *["---:"] * 5]]  # fmt: skip
+    for row in rows:
+        sizes = [f"{row[key]:.0f} MiB" for key in ("peak_rss_mib", "gradients_mib", "workspace_mib", "inputs_mib")]
+        lines.append([row["case"], *sizes, f"{row['units']:.2f}"])
+    shape = ", ".join(f"{letter} = {size}" for letter, size in rows[0]["shape"].items())
+    return _markdown(lines) + _source("cpu_memory", rows) + f" {shape}, bf16."
 
 
 def schedules_table() -> str:
@@ -126,7 +158,7 @@ def _gpu_table(name: str, kinds: tuple[str, ...]) -> str:
         same = {kind: found[key, provider, kind] for kind in kinds if (key, provider, kind) in found}
         first = next(iter(same.values()))
         unit = next(row["unit_ms"] for row in rows if row["case"] == "unit" and row["shape"] == first["shape"])
-        units = [_gpu_units(same.get(kind)) for kind in kinds]
+        units = [_units(same.get(kind)) for kind in kinds]
         error, peak = same.get("forward", {}).get("logprob_rms"), same.get("full", {}).get("peak_mib")
         lines.append(
             [
@@ -141,7 +173,7 @@ def _gpu_table(name: str, kinds: tuple[str, ...]) -> str:
     return _markdown(lines) + _gpu_source(name, rows[-1])
 
 
-def _gpu_units(row: dict[str, Any] | None) -> str:
+def _units(row: dict[str, Any] | None) -> str:
     if row is None:
         return "-"
     return "refused" if "refused" in row else "failed" if "failed" in row else f"{row['units']:.2f}"
@@ -187,7 +219,9 @@ def gpu_train_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "tofu": tofu_table,
-    "kernels": kernels_table,
+    "cpu": cpu_table,
+    "cpu-peers": cpu_peers_table,
+    "cpu-memory": cpu_memory_table,
     "schedules": schedules_table,
     "gpu-kernels": gpu_kernels_table,
     "gpu-peers": gpu_peers_table,
@@ -219,6 +253,8 @@ def main(argv: list[str] | None = None) -> int:
             stale.append(path.name)
             if not args.check:
                 path.write_text(made, encoding="utf-8")
+    if not args.check:
+        charts.draw_cpu_peers()
     if args.check and stale:
         print(f"{', '.join(stale)}: tables do not match bench/results; run python -m bench.readme", file=sys.stderr)
         return 1

@@ -1,6 +1,6 @@
 """The providers beside each other on whatever device is here: `python -m pytest bench --benchmark-only`.
 
-A quick look while working on a kernel; rows that are kept come from bench.kernels and bench/gpu.sh. A provider whose
+A quick look while working on a kernel; rows that are kept come from bench.cpu and bench/gpu.sh. A provider whose
 answer is out of bounds fails and is not timed; one that is not here is skipped with the reason.
 """
 
@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from bench import providers as everyone
-from bench.gpu_kernels import errors_of
 from bench.inputs import Case, Truth, truth_of
+from bench.measure import errors_of
 from bench.providers import Provider, work_of
 
 pytest.importorskip("pytest_benchmark")

@@ -413,7 +413,7 @@ def test_as_a_process(files):
 
 
 def test_ctrl_c_and_resume(files, tmp_path, capsys):
-    arguments = options(files, tmp_path / "out", epochs=50, save_every=1)
+    arguments = options(files, tmp_path / "out", epochs=200, save_every=1)
     process = spawn("train", *arguments, start_new_session=True)
     pointer = tmp_path / "out" / "checkpoints" / "latest"
     deadline = time.monotonic() + 120
@@ -429,7 +429,7 @@ def test_ctrl_c_and_resume(files, tmp_path, capsys):
     assert cli.main(["train", "--resume", *arguments]) == 0
     assert "resuming after step" in capsys.readouterr().out
     rows = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[1:]
-    assert [json.loads(row)["step"] for row in rows] == list(range(1, 101))
+    assert [json.loads(row)["step"] for row in rows] == list(range(1, 401))
     # once more: the finished model stays as it is
     saved = (tmp_path / "out" / "model" / "model.safetensors").stat().st_mtime_ns
     assert cli.main(["train", "--resume", *arguments]) == 0

@@ -306,11 +306,12 @@ struct State {
     const floats here = none ? floats{} : mass * exp(base - offset);
     const floats there = no_more ? floats{} : more.mass * exp(more.base - offset);
     const floats total = here + there;
-    const floats share = total == 0.0f ? floats{} : there / total;
+    // both by division: 1 - share is 0 for a part of 1e-8, whose distance squared may still count
+    const floats share = total == 0.0f ? floats{} : there / total, own_share = total == 0.0f ? floats{} : here / total;
     const floats own_mean = mean + (base - offset), delta = more.mean + (more.base - offset) - own_mean;
     const floats used_mean = none ? more.mean + (more.base - offset) : own_mean + share * delta;
-    const floats spread = none ? floats{} : share * (1.0f - share) * delta * delta;
-    variance = (1.0f - share) * variance + share * more.variance + spread;
+    const floats spread = none ? floats{} : share * own_share * delta * delta;
+    variance = own_share * variance + share * more.variance + spread;
     mean = used_mean;
     mass = total;
     base = offset;
@@ -343,8 +344,11 @@ UNLEARN_INLINE void stats_block(
   const auto column = [&](int64_t v, floats& x) __attribute__((always_inline)) {
     x = load<floats>(tile + v * kBlockT) - here.base;
     x = x < -1e4f ? splat(-1e4f) : x;
+    // the target's may be NaN or infinite: it leaves no trace but its logit
+    const ints is_target = target == static_cast<int32_t>(first + v);
+    x = is_target ? floats{} : x;
     const floats term = exp(x);
-    return target == static_cast<int32_t>(first + v) ? floats{} : term;
+    return is_target ? floats{} : term;
   };
   floats x;
   for (int64_t v = 0; v < num_v; ++v) {
@@ -482,9 +486,8 @@ double kl_with(float* p_row, float* q_row, int64_t vocab, float softcap, g_t* g)
     for (int64_t i = block; i < vocab && i < block + 1024; i += kLanes) {
       const floats x = load_part(p_row, i, vocab, -__builtin_inff()), y = load_part(q_row, i, vocab, -__builtin_inff());
       const floats p = exp(x - log_p), q = exp(y - log_q);
-      floats u = (x - log_p) - (y - log_q);
-      // ruled out by both (-inf - -inf): no difference; but NaN of one stays
-      u = (x == -__builtin_inff()) & (y == -__builtin_inff()) ? floats{} : u;
+      // NaN for a column that both rule out (-inf - -inf), where p - q and q are 0 and u is not used
+      const floats u = (x - log_p) - (y - log_q);
       // p - q cancels where they are close; exp(u) - 1 overflows where they are not
       const floats difference = (u < 0.5f) & (u > -0.5f) ? expm1_small(u) * q : p - q;
       const floats weighted = q == 0.0f ? floats{} : u * q;

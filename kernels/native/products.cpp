@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <type_traits>
 #include <vector>
@@ -185,10 +186,11 @@ void for_each_tile(
   });
 }
 
-// Targets as the lanes compare them, -1 (no column) beyond the last token.
+// Targets as the lanes compare them, -1 (no column) beyond the last token and for one that 32 bits do not hold.
 void fill_targets(const int64_t* target, int64_t num_rows, int64_t padded, int32_t* out) {
   for (int64_t t = 0; t < padded; ++t) {
-    out[t] = t < num_rows ? static_cast<int32_t>(target[t]) : -1;
+    const bool is_column = t < num_rows && target[t] >= 0 && target[t] <= std::numeric_limits<int32_t>::max();
+    out[t] = is_column ? static_cast<int32_t>(target[t]) : -1;
   }
 }
 
@@ -229,7 +231,7 @@ void exp_sums(
   for_each_tile(
       size, hidden, weight, low_rank, arena,
       [&](int64_t thread, float* tile, int64_t first, int64_t num_v, int64_t t, int64_t count) {
-        bf16_bits* const rows = gathered[thread]; 
+        bf16_bits* const rows = gathered[thread];
         lane.exp_tile(
             tile, first, num_v, count, head, offsets + t, targets + t, partial[thread] + t,
             e == nullptr ? nullptr : rows, size.tile_v);

@@ -421,7 +421,6 @@ struct Stats {
   double target = kNan, maximum = -kInf, log_mass = -kInf, mean = 0.0, variance = 0.0;
   int64_t argmax = 0;
   double spread = 0.0;  // mean of |z - mean|
-  double span = 0.0;    // from the largest to the smallest, without the target
   double top = -kInf;   // without the target
 };
 
@@ -452,7 +451,6 @@ inline Stats stats_of(const std::vector<double>& z, int64_t target) {
   each([&](double p, double x) { first += p / mass * x; });
   each([&](double p, double x) { second += p / mass * (x - first) * (x - first); });
   each([&](double p, double x) {
-    result.span = std::max(result.span, result.top - x);
     result.spread += p / mass * std::fabs(x - first);
   });
   result.log_mass = result.top + std::log(mass);
