@@ -312,7 +312,7 @@ void logits(
 
 namespace {
 
-constexpr int64_t kRowBlock = 128;     // tokens
+constexpr int64_t kRowBlock = 256;     // tokens
 constexpr int64_t kDepthBlock = 512;   // vocabulary columns of one product
 constexpr int64_t kWidthBlock = 1024;
 

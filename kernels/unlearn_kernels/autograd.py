@@ -7,8 +7,9 @@ RowValues serves every per-row value (log-probabilities, KL) under any upstream 
                frozen
     unscaled   it does not, and only hidden wants a gradient: E is used up chunk by chunk into an unscaled dhidden in
                the forward; the backward is a row scaling: 2 units
-    columns    weights want one too, and the backend's products are cheap: E is computed again, a slice of the
-               vocabulary at a time, in the backward: 4 units, and each gradient is written once
+    columns    weights want one too, and the backend's products are cheap: E of some columns is kept, that of the rest
+               computed again, a slice of the vocabulary at a time, in the backward: 3 to 4 units, and each gradient is
+               written once (columns.py)
     recompute  otherwise: E is computed again, chunk by chunk, in the backward: 4 units
 SequenceLoss knows the loss, so chunks of whole groups get their upstream gradient in the forward: 3 units at any size;
 or "columns" as above.
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import columns
 from .backends import BACKENDS
 from .objectives import Objective
 from .options import Needs, Spec
@@ -62,7 +64,7 @@ def choose_schedule(problem: Problem) -> str:
         return "none"
     if problem.num_rows <= problem.rows_that_fit():
         return "keep"
-    if problem.by_columns():
+    if columns.applies(problem):
         return "columns"
     return "unscaled" if needs == Needs(True, False, False, False, False) else "recompute"
 
@@ -87,20 +89,20 @@ class RowValues(torch.autograd.Function):
         num_rows = problem.num_rows
         schedule = choose_schedule(problem)
         inputs = (hidden, weight, bias, lora_a, lora_b, targets, ref_hidden, ref_weight)
-        kept: tuple[Tensor | None, ...] = (None, None, None)
+        kept: tuple[Tensor | None, ...] = (None, None, None, None)
         if schedule == "keep":
             e_NV = problem.new_e(num_rows)
             rows = problem.evaluate(0, num_rows, e_NV, problem.scratch(num_rows))
-            kept = (e_NV, rows.target_coeff_C, rows.e_coeff_C)
+            kept = (e_NV, rows.target_coeff_C, rows.e_coeff_C, None)
             value = rows.value_C
         elif schedule == "unscaled":
             value, dhidden = _unscaled(problem)
-            kept = (dhidden, None, None)
+            kept = (dhidden, None, None, None)
+        elif schedule == "columns":
+            rows, e_NK = columns.values(problem)
+            value, kept = rows.value_C, (rows.target_coeff_C, rows.e_coeff_C, rows.offset_C, e_NK)
         else:
-            rows = problem.evaluate(0, num_rows, None, problem.scratch(num_rows))
-            value = rows.value_C
-            if schedule == "columns":
-                kept = (rows.target_coeff_C, rows.e_coeff_C, rows.offset_C)
+            value = problem.evaluate(0, num_rows, None, problem.scratch(num_rows)).value_C
         ctx.spec, ctx.schedule = spec, schedule
         ctx.save_for_backward(*inputs, *kept)
         return value
@@ -122,7 +124,7 @@ class RowValues(torch.autograd.Function):
 
 
 def _from_kept(problem: Problem, kept: Any, upstream_N: Tensor) -> tuple[Tensor | None, ...]:
-    e_NV, target_coeff_N, e_coeff_N = kept
+    e_NV, target_coeff_N, e_coeff_N, _ = kept
     rows = Coefficients(upstream_N, target_coeff_N, e_coeff_N).times(upstream_N)
     grads = problem.new_gradients(final=True)
     problem.add_gradients(0, problem.num_rows, e_NV, rows, grads, problem.scratch(problem.num_rows))
@@ -130,9 +132,9 @@ def _from_kept(problem: Problem, kept: Any, upstream_N: Tensor) -> tuple[Tensor 
 
 
 def _by_columns(problem: Problem, kept: Any, upstream_N: Tensor) -> tuple[Tensor | None, ...]:
-    target_coeff_N, e_coeff_N, offset_N = kept
+    target_coeff_N, e_coeff_N, offset_N, e_NK = kept
     rows = Coefficients(upstream_N, target_coeff_N, e_coeff_N, offset_N).times(upstream_N)
-    return problem.scaled(problem.gradients_by_columns(rows), None)
+    return problem.scaled(columns.gradients(problem, rows, e_NK), None)
 
 
 def _unscaled(problem: Problem) -> tuple[Tensor, Tensor | None]:
@@ -230,9 +232,9 @@ class SequenceLoss(torch.autograd.Function):
         elif problem.num_rows <= problem.rows_that_fit():
             e_NV, rows = run.keep()
             ctx.kind, saved = "keep", (e_NV, rows.target_coeff_C, rows.e_coeff_C, None, None)
-        elif problem.by_columns():
-            rows = run.values_first()
-            ctx.kind, saved = "columns", (rows.target_coeff_C, rows.e_coeff_C, rows.offset_C, None, None)
+        elif columns.applies(problem):
+            rows, e_NK = run.by_columns()
+            ctx.kind, saved = "columns", (rows.target_coeff_C, rows.e_coeff_C, rows.offset_C, e_NK, None)
         else:
             ctx.kind, saved = "scale", _buffers(run.chunk_by_chunk())
         scores = run.scores()
@@ -250,9 +252,9 @@ class SequenceLoss(torch.autograd.Function):
         with torch.no_grad():
             problem = Problem(hidden, weight, bias, lora_a, lora_b, targets, None, None, ctx.spec)
             if ctx.kind == "keep":
-                gradients = _from_kept(problem, saved[:3], upstream.expand(problem.num_rows))
+                gradients = _from_kept(problem, saved[:4], upstream.expand(problem.num_rows))
             elif ctx.kind == "columns":
-                gradients = _by_columns(problem, saved[:3], upstream.expand(problem.num_rows))
+                gradients = _by_columns(problem, saved[:4], upstream.expand(problem.num_rows))
             else:
                 gradients = problem.scaled(Gradients(*saved), upstream)
         return *_once(gradients, upstream, hidden, weight, bias, lora_a, lora_b), None, None, None, None
@@ -290,10 +292,14 @@ class _LossRun:
         weight = slope.abs() * self.lengths
         return ~((weight == 0) | (weight < self.problem.spec.skip_below * weight.max()))
 
-    def values_first(self) -> Coefficients:
+    def values_first(self) -> None:
         problem = self.problem
         rows = problem.evaluate(0, problem.num_rows, None, problem.scratch(problem.num_rows))
-        return rows.times(self.score(0, self.index.shape[0], rows.value_C))
+        self.score(0, self.index.shape[0], rows.value_C)
+
+    def by_columns(self) -> tuple[Coefficients, Tensor | None]:
+        rows, e_NK = columns.values(self.problem)
+        return rows.times(self.score(0, self.index.shape[0], rows.value_C)), e_NK
 
     def keep(self) -> tuple[Tensor, Coefficients]:
         problem = self.problem

@@ -15,7 +15,7 @@ LoRA rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +25,6 @@ from .options import Needs, Spec, accumulation_dtype, exponential_dtype
 
 OFFSET = 40.0
 _LORA_BLOCK_ROWS = 1024
-# Slices of the vocabulary narrower than this would repack the rows for little.
-_FEWEST_COLUMNS = 1024
-_ADDED_ROWS = 4096
 
 
 class Coefficients(NamedTuple):
@@ -131,25 +128,44 @@ class Problem:
 
     def evaluate(self, start: int, stop: int, e_CV: Tensor | None, scratch: Tensor) -> Coefficients:
         """Values of rows start:stop, and their E in e_CV if given."""
-        rows = slice(start, stop)
-        lora_hidden = None if self.lora_hidden_NR is None else self.lora_hidden_NR[rows]
-        hidden, spec, steps = self.hidden_NH[rows], self.spec, self.backend.steps
-        extras = (self.bias_V, lora_hidden, self.lora_b_VR)
+        rows, spec, steps = slice(start, stop), self.spec, self.backend.steps
         if self.ref_hidden_NG is not None:
-            kl_C = self.empty(stop - start)
+            kl_C, hidden = self.empty(stop - start), self.hidden_NH[rows]
+            lora_hidden = None if self.lora_hidden_NR is None else self.lora_hidden_NR[rows]
+            extras = (self.bias_V, lora_hidden, self.lora_b_VR)
             ref = (self.ref_hidden_NG[rows], self.ref_weight_VG)
             scalars = (spec.logit_scale, spec.softcap)
             steps.kl_rows(hidden, self.weight_VH, *extras, *ref, *scalars, kl_C, e_CV, scratch)
             return Coefficients(kl_C.double(), None, torch.full_like(kl_C, -spec.logit_scale))
-        assert self.targets_N is not None
-        inputs = (hidden, self.weight_VH, self.targets_N[rows], *extras, spec.logit_scale, spec.softcap)
-        target_logit_C, sums_C = self.empty(stop - start), self.empty(stop - start)
-        steps.target_logits(*inputs, target_logit_C, scratch)
-        offset_C = target_logit_C + OFFSET
+        inputs, target_logit_C = self.begin(rows, scratch)
+        offset_C, sums_C = target_logit_C + OFFSET, torch.empty_like(target_logit_C)
         steps.exp_sums(*inputs, offset_C, sums_C, e_CV, scratch)
+        return self.finish(inputs, target_logit_C, offset_C, sums_C, e_CV, scratch)
+
+    def begin(self, rows: slice, scratch: Tensor) -> tuple[tuple[Any, ...], Tensor]:
+        """What exp_sums and the steps after it take, and the rows' target logits."""
+        assert self.targets_N is not None
+        lora_hidden = None if self.lora_hidden_NR is None else self.lora_hidden_NR[rows]
+        head = (self.bias_V, lora_hidden, self.lora_b_VR, self.spec.logit_scale, self.spec.softcap)
+        inputs = (self.hidden_NH[rows], self.weight_VH, self.targets_N[rows], *head)
+        target_logit_C = self.empty(rows.stop - rows.start)
+        self.backend.steps.target_logits(*inputs, target_logit_C, scratch)
+        return inputs, target_logit_C
+
+    def finish(
+        self,
+        inputs: tuple[Any, ...],
+        target_logit_C: Tensor,
+        offset_C: Tensor,
+        sums_C: Tensor,
+        e_CV: Tensor | None,
+        scratch: Tensor,
+    ) -> Coefficients:
+        """Rows out of range are redone, which changes their offset, sum and E; then values and coefficients."""
+        steps = self.backend.steps
         steps.redo_rows(*inputs, offset_C, sums_C, e_CV, scratch)
-        value_C = self.empty(stop - start, dtype=torch.float64)
-        target_coeff_C, e_coeff_C = self.empty(stop - start), self.empty(stop - start)
+        value_C = self.empty(len(sums_C), dtype=torch.float64)
+        target_coeff_C, e_coeff_C = torch.empty_like(sums_C), torch.empty_like(sums_C)
         steps.finish_rows(target_logit_C, offset_C, sums_C, *inputs[-2:], value_C, target_coeff_C, e_coeff_C)
         return Coefficients(value_C, target_coeff_C, e_coeff_C, offset_C)
 
@@ -179,7 +195,7 @@ class Problem:
         if self.lora_b_VR is not None and (grads.hidden_NH is not None or grads.lora_a_RH is not None):
             inner_CR = self.empty(stop - start, self.lora_b_VR.shape[1])
             steps.row_grad(e_CV, self.lora_b_VR, targets_C, target_coeff_C, e_coeff_C, inner_CR, scratch)
-            self._add_lora_a(start, inner_CR, grads)
+            self.add_lora_a(start, inner_CR, grads)
         if grads.weight_VH is not None:
             columns(hidden_CH, grads.weight_VH)
         if grads.bias_V is not None:
@@ -189,79 +205,7 @@ class Problem:
             columns(self.lora_hidden_NR[span], grads.lora_b_VR)
         grads.accumulate = True
 
-    def columns_that_fit(self) -> int:
-        """Columns of E, for all rows, that fit the workspace beside the scratch."""
-        scratch_bytes = self.scratch_elements(self.num_rows) * self.dtype.itemsize
-        return (self.spec.workspace_bytes - scratch_bytes) // (self.num_rows * self.e_dtype.itemsize)
-
-    def by_columns(self) -> bool:
-        """Whether gradients of weights come from E computed again, a slice of the vocabulary at a time: where the
-        backend's products cost less than weight gradients that are accumulated in float32 over chunks of rows."""
-        needs, prefers = self.spec.needs, self.backend.prefers_columns
-        asked = self.targets_N is not None and (needs.weight or needs.bias or needs.lora_b)
-        return asked and prefers(self.hidden_NH, self.weight_VH) and self.columns_that_fit() >= _FEWEST_COLUMNS
-
-    def gradients_by_columns(self, rows: Coefficients) -> Gradients:
-        """All gradients, in their final dtypes, from rows with upstream applied: a slice of weight's gradient is formed
-        once, from all rows; hidden's accumulates over the slices in float32."""
-        assert self.targets_N is not None and rows.offset_C is not None and rows.target_coeff_C is not None
-        grads, steps, spec = self.new_gradients(final=True), self.backend.steps, self.spec
-        hidden_sum = None if grads.hidden_NH is None else self.empty(self.num_rows, self.width).zero_()
-        inner_sum = None
-        if self.lora_b_VR is not None and (grads.hidden_NH is not None or grads.lora_a_RH is not None):
-            inner_sum = self.empty(self.num_rows, self.lora_b_VR.shape[1]).zero_()
-        size = min(self.columns_that_fit(), self.vocab)
-        size = -(-self.vocab // -(-self.vocab // size) // 32) * 32 + 32 if size < self.vocab else size
-        e_flat = self.empty(self.num_rows * min(size, self.vocab), dtype=self.e_dtype)
-        scratch, ignored = self.scratch(self.num_rows), self.empty(self.num_rows)
-        for first in range(0, self.vocab, size):
-            cols = slice(first, min(first + size, self.vocab))
-            count = cols.stop - first
-            e_NS = e_flat[: self.num_rows * count].view(self.num_rows, count)
-            weight, bias = self.weight_VH[cols], None if self.bias_V is None else self.bias_V[cols]
-            lora_b = None if self.lora_b_VR is None else self.lora_b_VR[cols]
-            targets_N = self.targets_N - first
-            inputs = (self.hidden_NH, weight, targets_N, bias, self.lora_hidden_NR, lora_b)
-            steps.exp_sums(*inputs, spec.logit_scale, spec.softcap, rows.offset_C, ignored, e_NS, scratch)
-            # a target beyond the slice is left out by a coefficient of 0
-            inside_N = (targets_N >= 0) & (targets_N < count)
-            target = (targets_N.clamp(0, count - 1), torch.where(inside_N, rows.target_coeff_C, 0.0), rows.e_coeff_C)
-            for total, matrix in ((hidden_sum, weight), (inner_sum, lora_b)):
-                if total is not None and matrix is not None:
-                    self._add_row_grad(e_NS, matrix, *target, total, scratch)
-            columns = (
-                (self.hidden_NH, grads.weight_VH),
-                (rows.e_coeff_C.new_ones(self.num_rows, 1), None if grads.bias_V is None else grads.bias_V[:, None]),
-                (self.lora_hidden_NR, grads.lora_b_VR),
-            )
-            for rows_ND, out_VD in columns:
-                if out_VD is not None and rows_ND is not None:
-                    steps.col_grad(e_NS, rows_ND, *target, False, out_VD[cols], scratch)
-        if grads.hidden_NH is not None and hidden_sum is not None:
-            grads.hidden_NH.copy_(hidden_sum)
-        if inner_sum is not None:
-            self._add_lora_a(0, inner_sum, grads)
-        return grads
-
-    def _add_row_grad(
-        self,
-        e_NS: Tensor,
-        matrix_SD: Tensor,
-        targets_N: Tensor,
-        target_coeff_N: Tensor,
-        e_coeff_N: Tensor,
-        total_ND: Tensor,
-        scratch: Tensor,
-    ) -> None:
-        part = self.empty(min(self.num_rows, _ADDED_ROWS), matrix_SD.shape[1])
-        for start in range(0, self.num_rows, _ADDED_ROWS):
-            rows = slice(start, min(start + _ADDED_ROWS, self.num_rows))
-            out = part[: rows.stop - start]
-            of_rows = (targets_N[rows], target_coeff_N[rows], e_coeff_N[rows])
-            self.backend.steps.row_grad(e_NS[rows], matrix_SD, *of_rows, out, scratch)
-            total_ND[rows].add_(out)
-
-    def _add_lora_a(self, start: int, inner_CR: Tensor, grads: Gradients) -> None:
+    def add_lora_a(self, start: int, inner_CR: Tensor, grads: Gradients) -> None:
         """dlogits B = inner: dhidden += s inner A and dA += s inner^T h, a thousand rows at a time."""
         assert self.lora_a_RH is not None
         scale, matmul = self.spec.lora_scale, self.backend.steps.matmul
