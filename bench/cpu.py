@@ -4,9 +4,10 @@ ours: unlearn_kernels at many shapes, and plain torch where N is 1024. peers: ev
 shapes. memory: how far a call raises the resident memory of a process of its own, at N = 16384.
 
 Each call is the log-likelihoods without gradients (forward), NPO forward and backward with a trained head (full), or
-the same with a frozen one (frozen). Costs are in units: the time over the time of one torch.mm of N x H x V in the same
-dtype into memory that exists, measured between the calls in the same process, median of several rounds. A row whose
-error against float64 is out of bounds is marked refused and has no speed.
+the same with a frozen one (frozen). "bare products" are torch.mm alone, of the forward and of the gradients that are
+asked for. Costs are in units: the time over the time of one torch.mm of N x H x V in the same dtype into memory that
+exists, measured between the calls in the same process, median of several rounds. A row whose error against float64 is
+out of bounds is marked refused and has no speed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from bench.inputs import Case, Shape, truth_of
 from bench.measure import Fields, checked, has_speed, named, outcome, speed
 from bench.providers import Ours, Provider, work_of
 from bench.rows import RESULTS, ROOT, RowFile, environment
-from bench.timing import Interleaved, Stopwatch, Unit, peak_if_any, quartiles
+from bench.timing import Interleaved, Products, Stopwatch, Unit, peak_if_any, quartiles
 
 CPU = torch.device("cpu")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -83,7 +84,10 @@ def measure(shape: Shape, dtype: torch.dtype, providers: list[Provider], args: a
     case = Case.make(shape, dtype).unsaturated()
     truth = truth_of(case, num_rows=TRUE_ROWS, num_columns=TRUE_COLUMNS if shape[0] <= DWEIGHT_ROWS else 0)
     timed = Interleaved(Stopwatch(CPU), warmups=1)
-    timed.add("unit", Unit(case.hidden, case.weight))
+    unit = Unit(case.hidden, case.weight)
+    timed.add("unit", unit)
+    for kind in ("full", "frozen"):
+        timed.add(("mm", kind), Products(unit, frozen=kind == "frozen"))
     errors: dict[tuple[str, str], Fields] = {}
     for provider in providers:
         provider.begin()
@@ -95,6 +99,9 @@ def measure(shape: Shape, dtype: torch.dtype, providers: list[Provider], args: a
     timed.rounds(args.seconds, least=1 if args.tiny else 3, most=2 if args.tiny else args.rounds)
     unit_ms = quartiles(timed.times["unit"])[1]
     gflops = 2e-6 * math.prod(shape) / unit_ms
+    for kind in ("full", "frozen"):
+        timing = speed(timed.times["mm", kind], unit_ms) | {"unit_gflops": gflops}
+        yield {"case": kind, "provider": "bare products", **named(shape, dtype)} | timing
     for provider in providers:
         for kind in (kind for kind in KINDS if (provider.name, kind) in errors):
             key = (provider.name, kind)

@@ -185,6 +185,23 @@ class Unit:
             torch.mm(rows, self.weight.T, out=self.out[: len(rows)])
 
 
+class Products:
+    """The bare library products of a forward and its gradients: h W^T, E W and E^T h (frozen: without the last), into
+    memory that exists."""
+
+    def __init__(self, unit: Unit, *, frozen: bool) -> None:
+        assert unit.blocks == 1
+        self.unit, hidden, weight = unit, unit.hidden, unit.weight
+        self.dhidden = torch.empty_like(hidden)
+        self.dweight = None if frozen else torch.empty_like(weight)
+
+    def __call__(self) -> None:
+        self.unit()
+        torch.mm(self.unit.out, self.unit.weight, out=self.dhidden)
+        if self.dweight is not None:
+            torch.mm(self.unit.out.T, self.unit.hidden, out=self.dweight)
+
+
 def copy_gb_per_second(stopwatch: Stopwatch, num_bytes: int) -> float:
     """Bytes read and written per second by a copy on the device, in 1e9."""
     source = torch.empty(num_bytes, dtype=torch.int8, device=stopwatch.device)

@@ -1,5 +1,6 @@
 // The torch operators: argument checks, dtype dispatch and threads around the plain functions of unlearn_native.h.
 #include "lanes.h"
+#include "pool.h"
 #include "products.h"
 #include "unlearn_native.h"
 
@@ -410,6 +411,8 @@ TORCH_LIBRARY(unlearn_native, m) {
       "float softcap, Tensor(a!) out, Tensor(b!) scratch) -> bool");
   m.def(
       "kl_rows(Tensor(a!) policy, Tensor(b!) reference, float softcap, Tensor(c!) kl, Tensor(d!)? g) -> ()");
+  m.def("pooled_empty(int[] size, ScalarType dtype) -> Tensor", unlearn_native::pooled_empty);
+  m.def("release_memory() -> int", unlearn_native::release_memory);
   m.def("isa() -> str", unlearn_native::isa);
   m.def("serves_bf16() -> bool", unlearn_native::serves_bf16);
 }

@@ -13,6 +13,7 @@ from .functions import (
     token_logprobs,
     token_stats,
 )
+from .native import release_memory
 from .options import Options
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "linear_kl",
     "npo_loss",
     "pack_labels",
+    "release_memory",
     "sequence_logprobs",
     "sequence_loss",
     "simnpo_loss",

@@ -72,13 +72,15 @@ _library = torch.library.Library("unlearn_kernels", "DEF")
 @dataclass(frozen=True)
 class Backend:
     """steps: one operator per name in STEPS. scratch(rows, width, vocab, is_cuda, max_elements): how long a scratch to
-    allocate. prefers_columns(hidden, weight): whether E again, by slices of the vocabulary, beats chunks of rows."""
+    allocate. prefers_columns(hidden, weight): whether E again, by slices of the vocabulary, beats chunks of rows.
+    empty(shape, dtype, like): memory on like's device."""
 
     name: str
     steps: Any
     scratch_elements: Callable[..., int]
     kl_scratch_elements: Callable[..., int]
     prefers_columns: Callable[[Tensor, Tensor], bool] = lambda hidden, weight: False
+    empty: Callable[[tuple[int, ...], torch.dtype, Tensor], Tensor] = tiles.empty
 
 
 BACKENDS: dict[str, Backend] = {}
@@ -94,8 +96,8 @@ def register(name: str, module: Any) -> None:
         torch.library.register_fake(f"unlearn_kernels::{operator_name}", _no_output, lib=_library)
         operators[step] = getattr(getattr(torch.ops.unlearn_kernels, operator_name), "default")  # noqa: B009
     backend = Backend(name, SimpleNamespace(**operators), module.scratch_elements, module.kl_scratch_elements)
-    prefers_columns = getattr(module, "prefers_columns", backend.prefers_columns)
-    BACKENDS[name] = replace(backend, prefers_columns=prefers_columns)
+    own = {what: getattr(module, what) for what in ("prefers_columns", "empty") if hasattr(module, what)}
+    BACKENDS[name] = replace(backend, **own)
 
 
 def _no_output(*args: Any) -> None:

@@ -12,6 +12,11 @@ from torch import Tensor
 
 _MEND = "pip install --no-build-isolation -e ."
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What this version asks of the library; an older build lacks some.
+_OPERATORS = (
+    "col_grad", "exp_rows", "exp_sums", "isa", "kl_rows", "logits", "pooled_empty", "release_memory", "row_grad",
+    "serves_bf16", "target_dot", "token_stats",
+)  # fmt: skip
 
 
 def find_library() -> pathlib.Path | None:
@@ -38,9 +43,13 @@ def _load() -> bool:
     else:
         try:
             torch.ops.load_library(str(path))
-            return True
         except OSError as error:
             reason = f"{path} could not be loaded ({error}): it was built against another torch"
+        else:
+            absent = [name for name in _OPERATORS if not hasattr(torch.ops.unlearn_native, name)]
+            if not absent:
+                return True
+            reason = f"{path} has no {', '.join(absent)}: it was built from an older version"
     warnings.warn(f"unlearn_kernels runs its torch formulation on the CPU: {reason}. To mend: {_MEND}", stacklevel=4)
     return False
 
@@ -48,6 +57,15 @@ def _load() -> bool:
 def operators() -> Any:
     """The library's operators, after load() said that they are there."""
     return torch.ops.unlearn_native
+
+
+def release_memory() -> int:
+    """Gives back to the system what the CPU kernels keep of the memory that earlier calls used: E (at most
+    Options.workspace_bytes a call) and large gradients that are no longer in use. Returns how many bytes that was.
+
+    What is kept never exceeds what was in use at a time, and the next call of these sizes does without page faults.
+    """
+    return int(operators().release_memory()) if _load.cache_info().currsize and load() else 0
 
 
 @functools.cache

@@ -7,13 +7,14 @@ contiguous rows, thin LoRA products) is the torch backend's.
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import chunked
+from . import chunked, tiles
 from .chunked import finish_rows, matmul, redo_rows, segment_sums, target_logits
 from .chunked_distributions import fill_kl_logits, finish_stats, kl_split
 from .native import operators, serves_bf16
@@ -21,6 +22,7 @@ from .tiles import Scratch, blocks, logits_tile, operand, slice_bias, slice_lora
 
 __all__ = [
     "col_grad",
+    "empty",
     "exp_sums",
     "finish_rows",
     "kl_rows",
@@ -36,6 +38,8 @@ __all__ = [
 
 # what the kernels want for each thread's tiles, in float32: 3 MiB
 _ROOM = (os.cpu_count() or 1) * (3 << 18)
+# glibc maps blocks from here on anew each time, at most
+_LARGE = 32 << 20
 
 
 def scratch_elements(
@@ -63,6 +67,15 @@ def kl_scratch_elements(
 
 def prefers_columns(hidden: Tensor, weight: Tensor) -> bool:
     return _fused(hidden, weight)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Large memory from what earlier calls gave back (pool.cpp). A trace, and tensors that only stand for memory, see
+    torch.empty."""
+    large = math.prod(shape) * dtype.itemsize >= _LARGE
+    if large and type(like) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
+        return operators().pooled_empty(shape, dtype)
+    return tiles.empty(shape, dtype, like)
 
 
 def _fused(*matrices: Tensor) -> bool:

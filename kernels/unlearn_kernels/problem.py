@@ -82,7 +82,7 @@ class Problem:
                 self.backend.steps.matmul(self.hidden_NH[rows], self.lora_a_RH.T, self.spec.lora_scale, False, out)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.dtype, device=self.hidden_NH.device)
+        return self.backend.empty(shape, dtype or self.dtype, self.hidden_NH)
 
     def select(self, index: Tensor) -> Problem:
         """The same problem on some of its rows."""

@@ -253,3 +253,7 @@ def fill_target_column(tile_RK: Tensor, targets_R: Tensor, first_column: int, va
     column_R1 = column_R1.clamp(0, tile_RK.shape[1] - 1)
     kept_R1 = tile_RK.gather(1, column_R1)
     tile_RK.scatter_(1, column_R1, torch.where(inside_R1, value, kept_R1))
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)

@@ -8,7 +8,7 @@ import torch
 
 import unlearn_kernels as uk
 from tests.kernels.cases import make_case
-from unlearn_kernels import native
+from unlearn_kernels import backends, native
 
 CASE = make_case(6, 8, 20, parts=("bias", "lora"))
 HIDDEN, WEIGHT, TARGETS = (tensor.detach() for tensor in CASE.inputs)
@@ -182,6 +182,19 @@ def test_a_library_that_does_not_load_warns_with_the_reason(monkeypatch, tmp_pat
     try:
         with pytest.warns(UserWarning, match="could not be loaded"):
             uk.token_logprobs(HIDDEN, WEIGHT, TARGETS)
+    finally:
+        native._load.cache_clear()
+
+
+def test_a_library_of_an_older_version_warns_and_is_not_used(monkeypatch):
+    if not native.load():
+        pytest.skip("no native build")
+    monkeypatch.setattr(native, "_OPERATORS", (*native._OPERATORS, "an_operator_to_come"))
+    native._load.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="has no an_operator_to_come: it was built from an older version.*pip"):
+            uk.token_logprobs(HIDDEN, WEIGHT, TARGETS)
+        assert backends.choose(HIDDEN, WEIGHT, None).name == "torch"
     finally:
         native._load.cache_clear()
 
