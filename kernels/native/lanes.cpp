@@ -2,10 +2,6 @@
 #include "lanes.h"
 #include "vectors.h"
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
 namespace unlearn_native::UNLEARN_ISA {
 namespace {
 
@@ -83,6 +79,12 @@ void pack_rows(
 void transpose_rows(
     const bf16_bits* rows, int64_t row_stride, int64_t count, int64_t width, bf16_bits* out, int64_t out_stride) {
   for (int64_t t = 0; t < count; t += 32) {
+    // rows are pages apart, where hardware prefetchers see nothing: the next 32
+    for (int64_t ahead = t + 32; ahead < t + 64 && ahead < count; ++ahead) {
+      for (int64_t v = 0; v < width; v += 32) {
+        __builtin_prefetch(rows + ahead * row_stride + v, 0, 2);
+      }
+    }
     for (int64_t v = 0; v < width; v += 16) {
       const int64_t columns = width - v < 16 ? width - v : 16;
       words block[16];  // a pair of rows as words, 16 columns
@@ -212,19 +214,6 @@ void exp_tile(
       default: run.template operator()<true, true, true>(); break;
     }
   }
-}
-
-void stream(const bf16_bits* from, int64_t count, bf16_bits* to) {
-  int64_t i = 0;
-#ifdef __AVX512F__
-  if ((reinterpret_cast<uintptr_t>(to) & 63) == 0) {
-    for (; i + 32 <= count; i += 32) {
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
-    }
-    _mm_sfence();
-  }
-#endif
-  std::memcpy(to + i, from + i, (count - i) * sizeof(bf16_bits));
 }
 
 template <bool capped>
@@ -578,7 +567,7 @@ void combine_rows(
 
 extern const Lanes table;
 const Lanes table = {
-    UNLEARN_ISA_NAME, pack_tokens, pack_rows, transpose_rows, exp_tile, stream, exp_row, stats_tile, merge_moments, logit_rows,
+    UNLEARN_ISA_NAME, pack_tokens, pack_rows, transpose_rows, exp_tile, exp_row, stats_tile, merge_moments, logit_rows,
     kl_row, combine_rows<float>, combine_rows<bf16_bits>,
 };
 

@@ -56,9 +56,6 @@ struct Lanes {
       const float* tile, int64_t first, int64_t num_v, int64_t count, const Head& head, const float* offset,
       const int32_t* target, double* sums, bf16_bits* e, int64_t e_stride);
 
-  // Copies to memory that is not read soon: past the cache where the address allows.
-  void (*stream)(const bf16_bits* from, int64_t count, bf16_bits* to);
-
   // exp_tile for one row of products z[0:num_v], in place: z becomes E in float32; returns the sum.
   double (*exp_row)(float* z, int64_t first, int64_t num_v, const Head& head, float offset, int64_t target);
 

@@ -204,7 +204,7 @@ bool serves_bf16() {
 
 int64_t exp_sums_bytes(int64_t num_rows, int64_t width, int64_t rank) {
   const TileSizes size(num_rows, width, rank);
-  return size.bytes() + size.rows * (8 + 8 * size.threads) + size.threads * 2 * size.tile + 64 * (2 + 2 * size.threads);
+  return size.bytes() + size.rows * (8 + 8 * size.threads) + 64 * (2 + size.threads);
 }
 
 void exp_sums(
@@ -223,21 +223,12 @@ void exp_sums(
     part = arena.take<double>(size.rows);
     std::fill(part, part + size.rows, 0.0);
   }
-  // E's rows are far apart: a tile of them is gathered first, and then written in longer runs
-  std::vector<bf16_bits*> gathered(size.threads);
-  for (bf16_bits*& tile : gathered) {
-    tile = arena.take<bf16_bits>(size.tile);
-  }
   for_each_tile(
       size, hidden, weight, low_rank, arena,
       [&](int64_t thread, float* tile, int64_t first, int64_t num_v, int64_t t, int64_t count) {
-        bf16_bits* const rows = gathered[thread];
         lane.exp_tile(
             tile, first, num_v, count, head, offsets + t, targets + t, partial[thread] + t,
-            e == nullptr ? nullptr : rows, size.tile_v);
-        for (int64_t i = 0; e != nullptr && i < count; ++i) {
-          lane.stream(rows + i * size.tile_v, num_v, e + (t + i) * e_stride + first);
-        }
+            e == nullptr ? nullptr : e + t * e_stride + first, e_stride);
       });
   for (int64_t t = 0; t < num_rows; ++t) {
     double sum = 0.0;
@@ -317,14 +308,18 @@ constexpr int64_t kDepthBlock = 512;   // vocabulary columns of one product
 constexpr int64_t kWidthBlock = 1024;
 
 struct RowGradSizes {
-  int64_t threads, across, down, width_block, stride, accumulators, packed, rows;
+  int64_t threads, across = 1, down, width_block, stride, accumulators, packed, rows;
 
   RowGradSizes(int64_t num_rows, int64_t width) : threads(at::get_num_threads()) {
-    // threads share the width first, so that each packs its own part of the matrix; then, if that leaves too little, the
-    // tokens
-    across = threads;
-    while (across > 1 && (threads % across != 0 || width / across < 128)) {
-      --across;
+    // Threads that share the width pack a part of the matrix each and copy all of E; those that share the tokens the
+    // other way round. Packing takes twice as long as copying.
+    int64_t least = std::numeric_limits<int64_t>::max();
+    for (int64_t parts = threads; parts > 0; --parts) {
+      const int64_t cost = num_rows * parts / threads + 2 * width / parts;
+      if (threads % parts == 0 && (parts == 1 || width / parts >= 128) && cost < least) {
+        across = parts;
+        least = cost;
+      }
     }
     down = threads / across;
     const int64_t share = ceil_div(width, across);

@@ -163,28 +163,6 @@ TEST(transpose) {
   }
 }
 
-TEST(stream) {
-  const auto run = [](const auto& lane) {  // generic, so that a table without the function will do
-    if constexpr (requires { lane.stream; }) {
-      Random random(15);
-      for (const int64_t count : {1, 2, 31, 32, 33, 64, 100, 256, 257}) {
-        for (int64_t shift = 0; shift < 33; ++shift) {
-          about("%s: count %ld, shift %ld", lane.isa, count, shift);
-          Grid<bf16_bits> from(1, count, count, shift % 3), to(1, count, count, shift);
-          fill_bits(from, random);
-          lane.stream(from.data(), count, to.data());
-          for (int64_t i = 0; i < count; ++i) {
-            CHECK(to[0][i] == from[0][i], i, to[0][i], from[0][i]);
-          }
-        }
-      }
-    }
-  };
-  for (const Lanes* lane : tables()) {
-    run(*lane);
-  }
-}
-
 // -- exp -----------------------------------------------------------------------------------------------------------
 
 namespace {
