@@ -13,6 +13,7 @@ out of bounds is marked refused and has no speed.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from pathlib import Path
 import torch
 
 from bench import providers as everyone
-from bench.inputs import Case, Shape, truth_of
+from bench.inputs import Case, Shape, Truth, truth_of
 from bench.measure import Fields, checked, has_speed, named, outcome, speed
 from bench.providers import Ours, Provider, work_of
 from bench.rows import RESULTS, ROOT, RowFile, environment
@@ -42,12 +43,13 @@ MEMORY_SHAPE = (16384, 2048, 128256)
 TINY = {"ours": [(48, 32, 257)], "peers": [(128, 32, 300)], "memory": (256, 32, 300)}
 # float64 truths: of the log-probabilities, a sample of rows; of the weight's gradient, a pass over all of them
 TRUE_ROWS, TRUE_COLUMNS, DWEIGHT_ROWS = 256, 64, 1024
+SLOW_MS = 3000  # of one call: no warm-up besides
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("ours", "peers", "memory"))
-    parser.add_argument("--rounds", type=int, default=15, help="at most this many per shape, at least 3")
+    parser.add_argument("--rounds", type=int, default=15, help="at most this many per shape, at least 2")
     parser.add_argument("--seconds", type=float, default=20.0, help="no new round of a shape after this many")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of cpu_PART.jsonl")
     parser.add_argument("--tiny", action="store_true", help="one small shape: tries the script, measures nothing")
@@ -56,7 +58,9 @@ def main() -> int:
     if args.resident:
         print(json.dumps(resident(args.resident, TINY["memory"] if args.tiny else MEMORY_SHAPE)))
         return 0
-    with RowFile(args.out, f"cpu_{args.part}", environment() | {"tiny": args.tiny}) as rows:
+    shared = environment() | {"tiny": args.tiny}
+    shared["command"] = shared["command"].replace(str(args.out), "DIR")  # where things lie here is nobody's business
+    with RowFile(args.out, f"cpu_{args.part}", shared) as rows:
         for row in {"ours": ours, "peers": peers, "memory": memory}[args.part](args):
             rows.write(row, failed="refused" in row or ("failed" in row and row["provider"] == "unlearn_kernels"))
             shape = " x ".join(str(size) for size in row["shape"].values())
@@ -83,7 +87,8 @@ def measure(shape: Shape, dtype: torch.dtype, providers: list[Provider], args: a
     """A row per provider and kind."""
     case = Case.make(shape, dtype).unsaturated()
     truth = truth_of(case, num_rows=TRUE_ROWS, num_columns=TRUE_COLUMNS if shape[0] <= DWEIGHT_ROWS else 0)
-    timed = Interleaved(Stopwatch(CPU), warmups=1)
+    stopwatch = Stopwatch(CPU)
+    timed = Interleaved(stopwatch, warmups=1)
     unit = Unit(case.hidden, case.weight)
     timed.add("unit", unit)
     for kind in ("full", "frozen"):
@@ -93,10 +98,11 @@ def measure(shape: Shape, dtype: torch.dtype, providers: list[Provider], args: a
         provider.begin()
         for kind in (kind for kind in KINDS if kind in provider.kinds):
             key = (provider.name, kind)
-            errors[key] = checked(provider, kind, case, truth)
+            took_ms = stopwatch(functools.partial(_check, errors, key, provider, kind, case, truth))
+            timed.warmups = 0 if took_ms > SLOW_MS else 1  # the check was one
             if has_speed(errors[key]):
                 timed.add(key, work_of(provider, kind, case))
-    timed.rounds(args.seconds, least=1 if args.tiny else 3, most=2 if args.tiny else args.rounds)
+    timed.rounds(args.seconds, least=1 if args.tiny else 2, most=2 if args.tiny else args.rounds)
     unit_ms = quartiles(timed.times["unit"])[1]
     gflops = 2e-6 * math.prod(shape) / unit_ms
     for kind in ("full", "frozen"):
@@ -114,6 +120,17 @@ def measure(shape: Shape, dtype: torch.dtype, providers: list[Provider], args: a
                 row |= speed(timed.times[key], unit_ms) | {"peak_mib": peak, "unit_gflops": gflops}
             case.ask(hidden=False, weight=False)
             yield row
+
+
+def _check(
+    errors: dict[tuple[str, str], Fields],
+    key: tuple[str, str],
+    provider: Provider,
+    kind: str,
+    case: Case,
+    truth: Truth,
+) -> None:
+    errors[key] = checked(provider, kind, case, truth)
 
 
 # -- resident memory ---------------------------------------------------------------------------------------------------
