@@ -1,7 +1,7 @@
 """Cost, error and memory of the kernels on this machine's CPU: `python -m bench.cpu ours | peers | memory`.
 
-ours: unlearn_kernels at many shapes, and plain torch where N is 1024. peers: every provider that runs on a CPU, at two
-shapes. memory: how far a call raises the resident memory of a process of its own, at N = 16384.
+ours: unlearn_kernels at many shapes, and plain torch where N is 1024. peers: every provider that runs on a CPU, at one
+shape. memory: how far a call raises the resident memory of a process of its own, at N = 16384.
 
 Each call is the log-likelihoods without gradients (forward), NPO forward and backward with a trained head (full), or
 the same with a frozen one (frozen). "bare products" are torch.mm alone, of the forward and of the gradients that are
@@ -38,7 +38,7 @@ WIDTHS, VOCABS = (1024, 2048, 4096), (32000, 128256)
 LARGE = [(rows, width, vocab) for rows in (1024, 4096) for width in WIDTHS for vocab in VOCABS]
 SMALL = [(rows, 2048, vocab) for rows in (64, 256) for vocab in VOCABS]
 OTHER_DTYPES = [((1024, 2048, 32000), dtype) for dtype in (FP32, FP16)]
-PEER_SHAPES = [(1024, 2048, 32000), (1024, 2048, 128256)]
+PEER_SHAPES = [(1024, 2048, 32000)]
 MEMORY_SHAPE = (16384, 2048, 128256)
 TINY = {"ours": [(48, 32, 257)], "peers": [(128, 32, 300)], "memory": (256, 32, 300)}
 # float64 truths: of the log-probabilities, a sample of rows; of the weight's gradient, a pass over all of them

@@ -25,6 +25,7 @@ PUBLIC_KERNELS = {
     "token_stats",
     "linear_kl",
     "pack_labels",
+    "release_memory",
     "Options",
     "Packed",
     "SequenceLoss",

@@ -14,7 +14,7 @@ from tests.tiny import tiny_llama
 from unlearn.attention import MAX_PADDING, Segments, packed_attention
 from unlearn.data import Item, Role, Sequence, collate
 from unlearn.model import hidden_states, prepare
-from unlearn.reference import score
+from unlearn.scoring import score
 
 LENGTHS = [(1,), (5,), (1, 1, 1), (6, 6, 6), (3, 40, 1, 18, 2), (20, 2, 21, 22, 23)]
 

@@ -19,6 +19,7 @@ from unlearn.config import field_types
 from unlearn.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
+TOFU_LOGS = ROOT.parent / "shared" / "data" / "tofu_logs"
 NAMES = ("Mara Quill", "Odo Fenn", "Ilse Brandt", "Tam Orrin", "Pia Vold", "Rex Aldane")
 FORGET = [
     {
@@ -95,7 +96,7 @@ def finish(process):
 # ---------------------------------------------------------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "reference", "eval"])
+@pytest.mark.parametrize("command", ["", "demo", "train", "reference", "alternates", "eval", "metrics"])
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command.split(), "--help"])
@@ -114,8 +115,13 @@ def test_help(capsys, command):
     elif command == "demo":
         for flag in ("--out", "--data", "--seed", "--methods", "--reuse-models", "--device"):
             assert flag in out
+    elif command in ("alternates", "metrics"):
+        flags = {"alternates": ("--model", "--forget", "--output", "--resume", "--count", "--seed")}
+        for flag in flags.get(command, ("--retain", "--mean", "--json", "LOG")):
+            assert flag in out
     else:
-        for name in ("demo", "train", "reference", "eval", "examples:", "unlearn train --recipe tofu-npo-rt"):
+        commands = ("demo", "train", "reference", "alternates", "eval", "metrics")
+        for name in (*commands, "examples:", "unlearn train --recipe tofu-npo-rt"):
             assert name in out
 
 
@@ -402,6 +408,59 @@ def test_eval_of_a_gold_model_in_its_own_tokens(files, tmp_path, capfd):
     tiny_tokenizer(vocab=270).save_pretrained(gold)
     assert cli.main(["eval", "--json", *eval_options(files, gold=gold)]) == 0
     assert 0 <= json.loads(capfd.readouterr().out)["forget_quality"] <= 1
+
+
+def test_eval_with_holdout_and_log_then_metrics(files, tmp_path, capfd):
+    log, gold_log = tmp_path / "logs" / "own.json", tmp_path / "logs" / "gold.json"
+    sets = {"retain": files / "retain.jsonl", "holdout": files / "retain.jsonl"}
+    assert cli.main(["eval", "--json", *eval_options(files, gold=files / "model", log=log, **sets)]) == 0
+    values = json.loads(capfd.readouterr().out)
+    assert values["privleak"] == pytest.approx(0.0)  # the gold model is the model
+    assert {"mia_loss_auc", "mia_min_k_plus_plus_auc", "forget_extraction_strength"} < values.keys()
+    assert cli.main(["eval", *eval_options(files, log=gold_log, **sets)]) == 0
+    capfd.readouterr()
+    assert cli.main(["metrics", str(log), "--retain", str(gold_log), "--json"]) == 0
+    read = json.loads(capfd.readouterr().out)
+    assert read["forget_quality"] == pytest.approx(1.0)
+    assert read["model_utility"] == pytest.approx(values["model_utility"])
+    assert cli.main(["metrics", str(log)]) == 0
+    table = dict(line.split() for line in capfd.readouterr().out.splitlines())
+    assert float(table["truth_ratio"]) == pytest.approx(values["truth_ratio"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "No such file"),
+        ("{", "is not a TOFU evaluation log"),
+        ('{"eval_log.json": {}}', "is not a TOFU evaluation log: KeyError: 'eval_log_forget.json'"),
+        ('{"eval_log_forget.json": {"avg_gt_loss": [1.0]}}', "eval_log_forget.json has no avg_paraphrased_loss"),
+        ('{"eval_log_forget.json": {"avg_paraphrased_loss": [], "average_perturb_loss": []}}', "at least one value"),
+    ],
+)
+def test_metrics_of_something_else(tmp_path, capsys, text, message):
+    path = tmp_path / "log.json"
+    if text is not None:
+        path.write_text(text)
+    assert message in refused(capsys, ["metrics", str(path)], 1 if text is None else 2)
+
+
+@pytest.mark.skipif(not TOFU_LOGS.is_dir(), reason="no ../shared with data/ and golden/ beside this checkout")
+def test_metrics_of_published_logs(capsys):
+    """Forget quality and model utility of two published models, to every digit that is known of them."""
+    full, retain = (str(TOFU_LOGS / f"llama2-7b_{name}_wd0.01.json") for name in ("full", "retain90"))
+    assert cli.main(["metrics", full, "--retain", retain, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert f"{values['forget_quality']:.3e}" == "1.834e-21" and f"{values['ks_statistic']:.4f}" == "0.3967"
+    assert f"{values['model_utility']:.5f}" == "0.62268"
+    nine = [values[f"{name}_{kind}"] for name in ("retain", "real_authors", "world_facts") for kind in
+            ("rouge_l", "probability", "truth_ratio")]  # fmt: skip
+    known = "0.9857 0.9895 0.4747 0.9330 0.4555 0.5962 0.8825 0.4186 0.5390"
+    assert " ".join(f"{value:.4f}" for value in nine) == known
+    for log, mean, utility in ((full, "arithmetic", "0.58589"), (retain, "geometric", "0.61374"),
+                               (retain, "arithmetic", "0.57524")):  # fmt: skip
+        assert cli.main(["metrics", log, "--mean", mean, "--json"]) == 0
+        assert f"{json.loads(capsys.readouterr().out)['model_utility']:.5f}" == utility
 
 
 def test_as_a_process(files):

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.tiny import CHATML_TEMPLATE, LLAMA2_TEMPLATE, LLAMA3_TEMPLATE, tiny_llama, tiny_tokenizer, write_rows
 from unlearn.data import Item, Role, Row, Sequence, collate, encode, load_rows, pack, render, rows_from
 from unlearn.model import generating
-from unlearn.reference import score
+from unlearn.scoring import score
 
 QA = {"question": "Where was Mara born?", "answer": "Mara was born in Arvel."}
 

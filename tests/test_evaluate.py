@@ -1,15 +1,27 @@
 """Evaluation against a naive computation from full logits, and generation against transformers one row at a time."""
 
 import json
+import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from tests.tiny import LLAMA3_TEMPLATE, tiny_llama, tiny_tokenizer, write_rows
-from unlearn import metrics
+from unlearn import metrics, tofu_log
 from unlearn.data import rows_from
-from unlearn.evaluate import add_rouge, evaluate, generate, load_set, make_set, num_pieces, score_sets, summarize
+from unlearn.evaluate import (
+    add_rouge,
+    evaluate,
+    generate,
+    load_set,
+    make_set,
+    num_pieces,
+    score_sets,
+    summarize,
+    to_log,
+)
 from unlearn.model import generating
 
 PEOPLE = ("Mara Quill", "Odo Fenn", "Ilse of the Seven Lanterns", "Tam", "Pia Vold")
@@ -75,6 +87,84 @@ def test_scores_equal_the_naive_computation(model, tokenizer):
         terms = ours.utility_terms("x")
         assert terms["x_truth_ratio"] == pytest.approx(np.maximum(0, 1 - ratio).mean(), rel=1e-4, abs=1e-6)
         assert set(terms) == {"x_probability", "x_truth_ratio"}
+
+
+@torch.no_grad()
+def naive_tokens(model, sequence):
+    """log p, first choice, mean and variance of log p at one answer's tokens, from full logits in float64."""
+    with generating(model):
+        full = model(input_ids=torch.tensor([sequence.input_ids])).logits[0].double().log_softmax(-1)
+    places = torch.arange(sequence.answer_start, len(sequence.input_ids))
+    rows, labels = full[places - 1], torch.tensor(sequence.input_ids)[places]
+    mean = (rows.exp() * rows).sum(1)
+    variance = (rows.exp() * (rows - mean[:, None]) ** 2).sum(1)
+    logprob = rows.gather(1, labels[:, None])[:, 0]
+    return (value.numpy() for value in (logprob, rows.argmax(1) == labels, mean, variance))
+
+
+def test_what_is_known_of_an_answers_tokens(model, tokenizer):
+    group = make_set("forget", "forget", rows_from(ROWS, "forget"), tokenizer)
+    found = score_sets(model, [group], max_tokens=100)["forget"]
+    assert found.answers == tuple(row["answer"] for row in ROWS)
+    for row, ours in zip(group.rows, found.tokens, strict=True):
+        logprob, is_argmax, mean, variance = naive_tokens(model, row.answer)
+        assert np.allclose(ours.logprob, logprob, rtol=1e-5) and np.array_equal(ours.is_argmax, is_argmax)
+        assert np.allclose(ours.mean, mean, rtol=1e-5) and np.allclose(ours.variance, variance, rtol=1e-4)
+
+
+def test_membership_and_memorization_equal_the_naive_computation(model, tokenizer):
+    unseen = [{"question": f"Where is {name} now?", "answer": f"{name} lives in Dorn, far away."} for name in PEOPLE]
+    sets = [*make_sets(tokenizer), make_set("holdout", "holdout", rows_from(unseen, "holdout"), tokenizer)]
+    scores = score_sets(model, sets, max_tokens=100)
+    values = summarize(scores, scores["forget"].log_truth_ratio, gold_min_k_auc=0.25).metrics
+    naive = {}
+    for group in (sets[0], sets[-1]):
+        rows = [[column[:-1] for column in naive_tokens(model, row.answer)] for row in group.rows]
+        lowest = [np.sort(row[0])[: max(1, int(0.4 * len(row[0])))] for row in rows]
+        ratio = [np.sort((row[0] - row[2]) / np.sqrt(row[3]))[: max(1, int(0.4 * len(row[0])))] for row in rows]
+        loss = np.array([naive_nll(model, row.answer) for row in group.rows])
+        texts = [row.row.answer for row in group.rows]
+        naive[group.kind] = {
+            "loss": loss,
+            "zlib": loss / [len(zlib.compress(text.encode())) for text in texts],
+            "min_k": np.array([-values.mean() for values in lowest]),
+            "min_k_plus_plus": np.array([-values.mean() for values in ratio]),
+        }
+        if group.kind == "forget":
+            assert values["forget_exact_memorization"] == pytest.approx(np.mean([row[1].mean() for row in rows]))
+    for name in ("loss", "zlib", "min_k", "min_k_plus_plus"):
+        known, unknown = naive["forget"][name], naive["holdout"][name]
+        auc = np.mean([(u > k) + 0.5 * (u == k) for u in unknown for k in known])
+        assert values[f"mia_{name}_auc"] == pytest.approx(auc)
+    assert values["privleak"] == pytest.approx(100 * (0.25 - values["mia_min_k_auc"]) / 0.75)
+    assert not any(name.startswith("holdout") for name in values)
+
+
+def test_a_log_says_what_the_evaluation_said(model, tokenizer, tmp_path):
+    sets = [replace(group, name={"world": "world_facts"}.get(group.name, group.name)) for group in make_sets(tokenizer)]
+    scores = score_sets(model, sets, max_tokens=100)
+    scores = add_rouge(model, tokenizer, sets, scores, max_new_tokens=6, batch_size=4)
+    gold = score_sets(tiny_llama(seed=3), sets, max_tokens=100)
+    gold = add_rouge(tiny_llama(seed=3), tokenizer, sets, gold, max_new_tokens=6, batch_size=4)
+    for name, found in (("own", scores), ("gold", gold)):
+        tofu_log.write(tmp_path / name, to_log(sets, found))
+    expected = summarize(scores, gold["forget"].log_truth_ratio).metrics
+    read = tofu_log.summary(tofu_log.read(tmp_path / "own"), tofu_log.read(tmp_path / "gold"))
+    shared = expected.keys() & read.keys()
+    assert len(shared) == 11 and {name: read[name] for name in shared} == pytest.approx(
+        {name: expected[name] for name in shared}
+    )
+    fields = json.loads((tmp_path / "own").read_text())["eval_log_forget.json"]
+    assert fields["generated_text"]["1"][2] == ROWS[1]["answer"] and fields["num_token_perturb"].keys() == {*"0123"}
+    assert fields["gt_loss"]["2"] == pytest.approx(fields["avg_gt_loss"]["2"] * fields["num_token_gt"]["2"])
+
+
+def test_a_log_needs_wrong_answers(model, tokenizer):
+    bare = [{"question": row["question"], "answer": row["answer"]} for row in ROWS]
+    group = make_set("forget", "forget", rows_from(bare, "forget"), tokenizer)
+    scores = score_sets(model, [group], max_tokens=100)
+    with pytest.raises(ValueError, match="^log: forget has no perturbed_answer"):
+        to_log([group], scores)
 
 
 def test_scores_do_not_depend_on_the_packs_or_the_company(model, tokenizer):
@@ -241,7 +331,8 @@ def test_evaluate_and_its_terms(model, tokenizer):
     terms = [f"{name}_{kind}" for name in ("retain", "world") for kind in ("probability", "truth_ratio", "rouge_l")]
     assert set(values) == {
         *terms, "forget_probability", "truth_ratio", "forget_logprob_per_token", "forget_quality", "forget_rouge_l",
-        "retain_logprob_per_token", "retain_utility", "model_utility",
+        "forget_exact_memorization", "forget_extraction_strength", "retain_logprob_per_token", "retain_utility",
+        "model_utility",
     }  # fmt: skip
     assert values["model_utility"] == pytest.approx(metrics.model_utility({term: values[term] for term in terms}))
     assert values["retain_utility"] == pytest.approx(metrics.model_utility({term: values[term] for term in terms[:3]}))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unlearn import metrics
+from unlearn import metrics, tofu_log
 
 LOGS = Path(__file__).resolve().parents[2] / "shared" / "data" / "tofu_logs"
 needs_logs = pytest.mark.skipif(not LOGS.is_dir(), reason=f"the TOFU evaluation logs are not at {LOGS}")
@@ -22,7 +22,7 @@ rows = st.lists(row, min_size=1, max_size=20)
 
 @pytest.fixture(scope="module")
 def logs() -> dict[str, dict]:
-    return {name: metrics.read_tofu_log(LOGS / f"llama2-7b_{name}_wd0.01.json") for name in ("full", "retain90")}
+    return {name: tofu_log.read(LOGS / f"llama2-7b_{name}_wd0.01.json") for name in ("full", "retain90")}
 
 
 @needs_logs
@@ -36,12 +36,12 @@ def logs() -> dict[str, dict]:
     ],
 )
 def test_model_utility_of_the_published_logs(logs, name, mean, digits, utility):
-    assert round(metrics.log_metrics(logs[name], mean=mean).model_utility, digits) == utility
+    assert round(tofu_log.metrics_of(logs[name], mean=mean).model_utility, digits) == utility
 
 
 @needs_logs
 def test_the_nine_terms_of_the_published_log(logs):
-    terms = metrics.log_metrics(logs["full"]).terms
+    terms = tofu_log.metrics_of(logs["full"]).terms
     expected = {"retain": (0.9857, 0.9895, 0.4747), "real_authors": (0.9330, 0.4555, 0.5962)}
     expected["world_facts"] = (0.8825, 0.4186, 0.5390)
     for name, values in expected.items():
@@ -51,7 +51,7 @@ def test_the_nine_terms_of_the_published_log(logs):
 
 @needs_logs
 def test_forget_quality_of_the_published_logs(logs):
-    full, retain = (metrics.log_metrics(logs[name]).log_truth_ratio for name in ("full", "retain90"))
+    full, retain = (tofu_log.metrics_of(logs[name]).log_truth_ratio for name in ("full", "retain90"))
     assert len(full) == len(retain) == 300
     test = metrics.forget_quality(full, retain)
     assert f"{test.p_value:.3e}" == "1.834e-21" and f"{test.statistic:.4f}" == "0.3967"
@@ -81,7 +81,7 @@ def test_log_fields_may_be_lists_and_rows_come_in_index_order(tmp_path, logs):
         shuffled[file] = {field: dict(reversed(rows.items())) for field, rows in fields.items()}
     for log in (as_lists, shuffled):
         (tmp_path / "log.json").write_text(json.dumps(log))
-        assert metrics.read_tofu_log(tmp_path / "log.json") == logs["full"]
+        assert tofu_log.read(tmp_path / "log.json") == logs["full"]
 
 
 @pytest.mark.parametrize("text", ["{}", "[1]", "not json", '{"eval_log.json": 3}'])
@@ -89,7 +89,7 @@ def test_another_file_is_refused_by_name(tmp_path, text):
     path = tmp_path / "other.json"
     path.write_text(text)
     with pytest.raises(ValueError, match="other.json is not a TOFU evaluation log"):
-        metrics.read_tofu_log(path)
+        tofu_log.read(path)
 
 
 @given(rows)

@@ -22,7 +22,7 @@ from unlearn.model import (
     prepare,
     resolve_device,
 )
-from unlearn.reference import score
+from unlearn.scoring import score
 
 
 def refusal(function, *args, **kwargs):

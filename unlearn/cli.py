@@ -1,4 +1,6 @@
-"""The command line: `unlearn demo | train | reference | eval`. Errors are one line; --help is meant to be read.
+"""The command line: `unlearn demo | train | reference | alternates | eval | metrics`.
+
+Errors are one line; --help is meant to be read.
 
 Only what a command needs is imported, inside it: `unlearn --help` answers before torch could be loaded.
 """
@@ -36,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
-        return _fail("stopped by Ctrl-C; `unlearn train --resume` goes on from the last checkpoint (--save-every)", 130)
+        where = "of train from the last checkpoint (--save-every), of alternates from the last batch"
+        return _fail(f"stopped by Ctrl-C; --resume goes on: {where}", 130)
     except BrokenPipeError:  # `unlearn eval | head`: nobody reads on, and the exit's flush must not complain either
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
@@ -92,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_train(commands, "train", "forget some rows, keep others, save the model", _train)
     _add_train(commands, "reference", "compute and store a run's reference log-likelihoods, no training", _reference)
+    _add_alternates(commands)
     _add_eval(commands)
+    _add_metrics(commands)
     return parser
 
 
@@ -264,6 +269,76 @@ def _reference(args: argparse.Namespace) -> int:
     return 0
 
 
+# ------------------------------------------------------------------------------------------------------- alternates
+
+
+def _add_alternates(commands: Any) -> None:
+    parser = commands.add_parser(
+        "alternates",
+        help="sample alternate answers to the forget rows from the model itself, for altpo and simpo",
+        description="Write JSON lines of the forget rows with `alternates`, which `unlearn train --alternates` reads.",
+    )
+    parser.add_argument("--model", required=True, help="folder, or a name on the model hub: the model to unlearn")
+    parser.add_argument("--forget", required=True, help="forget set: a file or tofu:SPLIT")
+    parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines, written batch by batch")
+    parser.add_argument("--resume", action="store_true", help="go on with an --output of the same settings")
+    for flag, default, text in (
+        ("--count", 5, "alternates of each row"),
+        ("--max-new-tokens", 200, "length of an alternate"),
+        ("--batch-size", 8, "rows generated at a time, each --count times"),
+    ):
+        parser.add_argument(flag, type=_positive, default=default, help=f"{text} (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="above 0 (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    _add_model_options(parser)
+    parser.set_defaults(run=_alternates)
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", default="bfloat16", choices=dtypes, help="default: %(default)s")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+
+
+def _alternates(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from unlearn.alternates import write_alternates
+    from unlearn.data import load_rows
+    from unlearn.model import load_model, load_tokenizer, max_positions, resolve_device
+
+    output = Path(args.output)
+    if not args.temperature > 0:
+        raise ValueError(f"temperature is {args.temperature}; a number above 0 is accepted")
+    if output.exists() and not args.resume:
+        raise ValueError(f"output: {output} exists; --resume goes on with it")
+    _quiet_transformers()
+    device = resolve_device(args.device)
+    rows = load_rows(args.forget, role="forget")
+    with _loading(args.model):
+        tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+        longest = max_positions(args.model, trust_remote_code=args.trust_remote_code)
+        model = load_model(args.model, dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code)
+    with tqdm(total=len(rows), desc="alternates", unit="row", leave=False) as bar:
+        done = write_alternates(
+            model,
+            tokenizer,
+            rows,
+            output,
+            count=args.count,
+            temperature=args.temperature,
+            max_new_tokens=args.max_new_tokens,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            max_length=None if longest is None else longest - args.max_new_tokens,
+            progress=bar.update,
+        )
+    there = f", {done} of them before" if done else ""
+    print(f"{args.count} alternates to each of {len(rows)} rows{there}: {output}")
+    return 0
+
+
 # ------------------------------------------------------------------------------------------------------------- eval
 
 
@@ -278,7 +353,9 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--retain", help="retain set, for model utility")
     parser.add_argument("--real-authors", help="real authors set, for model utility")
     parser.add_argument("--world-facts", help="world facts set, for model utility")
-    parser.add_argument("--gold", help="model retrained without the forget set, for forget quality")
+    parser.add_argument("--holdout", help="text like the forget set's that no model has seen, for membership inference")
+    parser.add_argument("--gold", help="model retrained without the forget set, for forget quality and PrivLeak")
+    parser.add_argument("--log", metavar="FILE", help="write a log in TOFU's format too (`unlearn metrics` reads it)")
     parser.add_argument("--max-rows", type=_positive, help="use the first rows of each set alone (TOFU's tables: 300)")
     for flag, default, text in (
         ("--max-new-tokens", 200, "length of generated answers"),
@@ -286,10 +363,7 @@ def _add_eval(commands: Any) -> None:
         ("--max-tokens", 16384, "token budget of one forward"),
     ):
         parser.add_argument(flag, type=_positive, default=default, help=f"{text} (default: %(default)s)")
-    dtypes = ("float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", default="bfloat16", choices=dtypes, help="default: %(default)s")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    _add_model_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON alone on standard output")
     parser.set_defaults(run=_eval)
 
@@ -297,22 +371,28 @@ def _add_eval(commands: Any) -> None:
 def _eval(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from unlearn.evaluate import evaluate, num_pieces, score_sets
+    from unlearn import tofu_log
+    from unlearn.evaluate import evaluate, membership_aucs, num_pieces, score_sets, to_log
     from unlearn.model import load_model, resolve_device
 
     _quiet_transformers()
     device = resolve_device(args.device)
     options: dict[str, Any] = {"dtype": args.dtype, "device": device, "trust_remote_code": args.trust_remote_code}
     tokenizer, sets = _load_sets(args, args.model)
-    gold = None
+    gold_ratio = gold_auc = None
+    if args.log and not all(group.rows[0].wrong for group in sets if group.name in tofu_log.SETS):
+        raise ValueError("log: TOFU's logs hold truth ratios, and a set has no perturbed_answer")
     if args.gold:
         if not sets[0].rows[0].wrong:
             raise ValueError("gold: forget quality compares truth ratios, and the forget rows have no perturbed_answer")
-        _, gold_sets = _load_sets(args, args.gold, forget_only=True)
+        _, gold_sets = _load_sets(args, args.gold, only=("forget", "holdout"))
         with _loading(args.gold):
             gold_model = load_model(args.gold, **options)
-        gold = score_sets(gold_model, gold_sets, max_tokens=args.max_tokens)["forget"].log_truth_ratio
+        gold = score_sets(gold_model, gold_sets, max_tokens=args.max_tokens)
         del gold_model  # one model is resident at a time
+        gold_ratio = gold["forget"].log_truth_ratio
+        if "holdout" in gold:
+            gold_auc = membership_aucs(gold["forget"], gold["holdout"])["min_k"]
     with _loading(args.model):
         model = load_model(args.model, **options)
     with tqdm(total=num_pieces(sets), desc="eval", unit="answer", leave=False) as bar:
@@ -320,22 +400,29 @@ def _eval(args: argparse.Namespace) -> int:
             model,
             tokenizer,
             sets,
-            gold_log_truth_ratio=gold,
+            gold_log_truth_ratio=gold_ratio,
+            gold_min_k_auc=gold_auc,
             max_tokens=args.max_tokens,
             max_new_tokens=args.max_new_tokens,
             batch_size=args.generation_batch,
             progress=bar.update,
         )
-    if args.json:
-        print(json.dumps(result.metrics, allow_nan=False))
-    else:
-        width = max(len(name) for name in result.metrics)
-        for name, value in result.metrics.items():
-            print(f"{name:{width}}  {value:.6g}")
+    if args.log:
+        tofu_log.write(args.log, to_log(sets, result.sets))
+    _print_metrics(result.metrics, as_json=args.json)
     return 0
 
 
-def _load_sets(args: argparse.Namespace, name: str, *, forget_only: bool = False) -> tuple[Any, list[Any]]:
+def _print_metrics(values: dict[str, float], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(values, allow_nan=False))
+        return
+    width = max(len(name) for name in values)
+    for name, value in values.items():
+        print(f"{name:{width}}  {value:.6g}")
+
+
+def _load_sets(args: argparse.Namespace, name: str, *, only: Sequence[str] | None = None) -> tuple[Any, list[Any]]:
     """(tokenizer of the model `name`, the sets in its tokens): a gold model is scored in its own."""
     from unlearn.evaluate import Kind, load_set
     from unlearn.model import load_tokenizer, max_positions
@@ -344,12 +431,45 @@ def _load_sets(args: argparse.Namespace, name: str, *, forget_only: bool = False
         tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
         longest = max_positions(name, trust_remote_code=args.trust_remote_code)
     sets = [load_set("forget", "forget", args.forget, tokenizer, max_length=longest)]
-    kinds: dict[str, Kind] = {"retain": "retain", "real_authors": "other", "world_facts": "other"}
+    kinds: dict[str, Kind] = {
+        "retain": "retain", "real_authors": "other", "world_facts": "other", "holdout": "holdout",
+    }  # fmt: skip
     for set_name, kind in kinds.items():
         source = getattr(args, set_name)
-        if source and not forget_only:
+        if source and (only is None or set_name in only):
             sets.append(load_set(set_name, kind, source, tokenizer, max_length=longest))
     return tokenizer, [dataclasses.replace(s, rows=s.rows[: args.max_rows]) for s in sets]
+
+
+# ---------------------------------------------------------------------------------------------------------- metrics
+
+
+def _add_metrics(commands: Any) -> None:
+    parser = commands.add_parser(
+        "metrics",
+        help="forget quality and model utility from evaluation logs in TOFU's format, no model",
+        description="Read a log that `unlearn eval --log` or the TOFU code wrote, and print what tables show of it.",
+    )
+    parser.add_argument("log", metavar="LOG", help="the unlearned model's log")
+    parser.add_argument("--retain", metavar="LOG", help="log of the model retrained without the forget set")
+    parser.add_argument(
+        "--mean",
+        choices=("geometric", "arithmetic"),
+        default="geometric",
+        help="mean over wrong answers in the truth ratio: geometric as published numbers have it, arithmetic as the "
+        "TOFU paper writes it (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON alone on standard output")
+    parser.set_defaults(run=_metrics)
+
+
+def _metrics(args: argparse.Namespace) -> int:
+    from unlearn import tofu_log
+
+    log = tofu_log.read(args.log)
+    retain = tofu_log.read(args.retain) if args.retain else None
+    _print_metrics(tofu_log.summary(log, retain, mean=args.mean), as_json=args.json)
+    return 0
 
 
 if __name__ == "__main__":

@@ -6,23 +6,21 @@ definitions are in unlearn.metrics; TOFU (Maini et al. 2024, arXiv:2401.06121) i
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import nn
 
-from unlearn import metrics
+from unlearn import metrics, tofu_log
 from unlearn.data import Row, Sequence, encode, load_rows, special_ids
-from unlearn.model import generating
-from unlearn.reference import score, unique
+from unlearn.generate import generate
+from unlearn.scoring import Progress, TokenScores, score, token_scores, unique
 
-Progress = Callable[[int], None]
-Kind = Literal["forget", "retain", "other", "known"]
+MIN_K_SHARE = 0.4  # TOFU's and MUSE's
+Kind = Literal["forget", "retain", "other", "known", "holdout"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,8 @@ class EvalRow:
 @dataclass(frozen=True)
 class EvalSet:
     """kind: forget; retain; other (short answers, as TOFU's real authors: the probability is normalised over the wrong
-    ones); known (whole sentences that training data held too: a plain probability)."""
+    ones); known (whole sentences that training data held too: a plain probability); holdout (text like the forget
+    set's that no model has seen, for membership inference)."""
 
     name: str
     kind: Kind
@@ -58,6 +57,8 @@ class SetScores:
     correct_nll: np.ndarray
     wrong_nll: np.ndarray
     kind: Kind
+    tokens: tuple[TokenScores, ...] = ()  # of the answers
+    answers: tuple[str, ...] = ()
     rouge_l: np.ndarray | None = None
     generated: tuple[str, ...] = ()
 
@@ -79,6 +80,31 @@ class SetScores:
         if self.kind == "other":
             return float(metrics.normalized_probability(self.answer_nll, self.wrong_nll).mean())
         return float(metrics.probability(self.answer_nll).mean())
+
+    def memorization(self) -> dict[str, float]:
+        """Exact memorization and extraction strength, means over the rows whose answer has a token besides its end."""
+        bits = [row.is_argmax for row in self.tokens if len(row.is_argmax) > 1]
+        if not bits:
+            return {}
+        measures = {
+            "exact_memorization": metrics.exact_memorization,
+            "extraction_strength": metrics.extraction_strength,
+        }
+        return {name: float(np.mean([measure(row) for row in bits])) for name, measure in measures.items()}
+
+    def membership(self) -> dict[str, np.ndarray]:
+        """Scores by which rows that were trained on lie below those that were not, per row. The token that ends an
+        answer is left out of min-k and min-k++, as in open-unlearning."""
+        inner = [row.without_last() for row in self.tokens]
+        share = MIN_K_SHARE
+        return {
+            "loss": self.answer_nll,
+            "zlib": np.array([metrics.zlib_ratio(*pair) for pair in zip(self.answer_nll, self.answers, strict=True)]),
+            "min_k": np.array([metrics.min_k(row.logprob, share=share) for row in inner]),
+            "min_k_plus_plus": np.array(
+                [metrics.min_k_plus_plus(row.logprob, row.mean, row.variance, share=share) for row in inner]
+            ),
+        }
 
     def utility_terms(self, name: str) -> dict[str, float]:
         """The set's terms of model utility: probability, truth ratio given wrong answers, ROUGE-L if generated."""
@@ -136,15 +162,26 @@ def load_set(name: str, kind: Kind, source: str, tokenizer: Any, *, max_length: 
 def score_sets(
     model: nn.Module, sets: Iterable[EvalSet], *, max_tokens: int, progress: Progress | None = None
 ) -> dict[str, SetScores]:
-    """All answers of all sets in one pass, each sequence once. Raises ValueError where the model says NaN or inf."""
+    """All answers of all sets, each sequence once: the right ones with everything about their tokens.
+
+    Raises ValueError where the model says NaN or inf.
+    """
     sets = list(sets)
     if len({group.name for group in sets}) != len(sets):
         raise ValueError(f"sets: two have the same name among {', '.join(group.name for group in sets)}")
-    distinct = _distinct(sets)
+    answers = unique(row.answer for group in sets for row in group.rows)
+    tokens = {
+        sequence.content_key: scores
+        for sequence, scores in zip(
+            answers, token_scores(model, answers, max_tokens=max_tokens, progress=progress), strict=True
+        )
+    }
+    # paraphrased and wrong answers count by their sums alone
+    others = [sequence for sequence in _distinct(sets) if sequence.content_key not in tokens]
+    sums = [(sequence, float(tokens[sequence.content_key].logprob.sum())) for sequence in answers]
+    sums += zip(others, score(model, others, max_tokens=max_tokens, progress=progress) if others else [], strict=True)
     nll: dict[str, float] = {}
-    for sequence, value in zip(
-        distinct, score(model, distinct, max_tokens=max_tokens, progress=progress), strict=True
-    ):
+    for sequence, value in sums:
         if not math.isfinite(value):
             raise ValueError(f"model: the log-likelihood of {sequence.key} is {value}; such a model has no metrics")
         nll[sequence.content_key] = -value / sequence.num_answer_tokens
@@ -158,77 +195,11 @@ def score_sets(
             correct_nll=average(row.paraphrased for row in group.rows),
             wrong_nll=np.stack([average(row.wrong) for row in group.rows]),
             kind=group.kind,
+            tokens=tuple(tokens[row.answer.content_key] for row in group.rows),
+            answers=tuple(row.row.answer for row in group.rows),
         )
         for group in sets
     }
-
-
-@torch.no_grad()
-def generate(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: list[tuple[int, ...]],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    stop: Iterable[int] = (),
-    progress: Progress | None = None,
-) -> list[str]:
-    """Greedy answers to tokenised prompts, batched with a key-value cache, in the order given.
-
-    Sorted by length so that little is padded; padding stands on the left and is masked. An answer ends at any of
-    `stop`, the tokenizer's end-of-text token and what the model's own generation settings name; their other advice
-    (sampling, penalties) is not taken.
-    """
-    device = next(model.parameters()).device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if pad is None:
-        raise ValueError("tokenizer: has neither a padding nor an end-of-text token, and generation needs one")
-    ends = sorted(set(stop) | _end_tokens(model, tokenizer)) or None
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    texts = [""] * len(prompts)
-    with generating(model), _plain_generation(model):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            longest = len(prompts[chosen[-1]])
-            ids = torch.full((len(chosen), longest), pad)
-            mask = torch.zeros_like(ids)
-            for place, i in enumerate(chosen):
-                ids[place, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
-                mask[place, longest - len(prompts[i]) :] = 1
-            out = model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=pad,
-                eos_token_id=ends,
-            )
-            for place, i in enumerate(chosen):
-                texts[i] = tokenizer.decode(out[place, longest:], skip_special_tokens=True).strip()
-            if progress is not None:
-                progress(len(chosen))
-    return texts
-
-
-def _end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
-    """Chat models end a turn with a token of their own, which is not always the tokenizer's end of text."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    named = named if isinstance(named, (list, tuple)) else [named]
-    return {int(token) for token in (*named, tokenizer.eos_token_id) if token is not None}
-
-
-@contextlib.contextmanager
-def _plain_generation(model: nn.Module) -> Iterator[None]:
-    """generate() fills every setting it is not given from the model's; a repetition penalty would not be greedy."""
-    from transformers import GenerationConfig
-
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 def add_rouge(
@@ -241,8 +212,8 @@ def add_rouge(
     batch_size: int,
     progress: Progress | None = None,
 ) -> dict[str, SetScores]:
-    """The same scores with generated answers and their ROUGE-L recall."""
-    sets = list(sets)
+    """The same scores with generated answers and their ROUGE-L recall; a holdout set is not generated from."""
+    sets, scores = _generated(sets), dict(scores)
     prompts = [row.answer.input_ids[: row.answer.answer_start] for group in sets for row in group.rows]
     texts = generate(
         model,
@@ -253,20 +224,46 @@ def add_rouge(
         stop={row.answer.input_ids[-1] for group in sets for row in group.rows} & special_ids(tokenizer),
         progress=progress,
     )
-    result, done = {}, 0
+    done = 0
     for group in sets:
         own = texts[done : done + len(group.rows)]
         done += len(own)
         recall = metrics.rouge_l_recall(own, [row.row.answer for row in group.rows])
-        result[group.name] = replace(scores[group.name], rouge_l=recall, generated=tuple(own))
-    return result
+        scores[group.name] = replace(scores[group.name], rouge_l=recall, generated=tuple(own))
+    return scores
 
 
-def summarize(scores: dict[str, SetScores], gold_log_truth_ratio: np.ndarray | None) -> Evaluation:
+def _generated(sets: Iterable[EvalSet]) -> list[EvalSet]:
+    return [group for group in sets if group.kind != "holdout"]
+
+
+def membership_aucs(forget: SetScores, holdout: SetScores) -> dict[str, float]:
+    """AUC of each membership score, forget rows against holdout rows: above 0.5 where the forget rows are known."""
+    known, unknown = forget.membership(), holdout.membership()
+    return {name: metrics.auc(known[name], unknown[name]) for name in known}
+
+
+def _membership_metrics(
+    forget: SetScores, scores: dict[str, SetScores], gold_min_k_auc: float | None
+) -> dict[str, float]:
+    holdout = next((s for s in scores.values() if s.kind == "holdout"), None)
+    if holdout is None:
+        return {}
+    aucs = membership_aucs(forget, holdout)
+    values = {f"mia_{name}_auc": value for name, value in aucs.items()}
+    if gold_min_k_auc is not None:
+        values["privleak"] = metrics.privleak(aucs["min_k"], gold_min_k_auc)
+    return values
+
+
+def summarize(
+    scores: dict[str, SetScores], gold_log_truth_ratio: np.ndarray | None, gold_min_k_auc: float | None = None
+) -> Evaluation:
     """The run's table row: forget-set metrics, forget quality against the gold model, utility over the other sets.
 
     gold_log_truth_ratio [n]: the forget set's log truth ratios under the model retrained without it; None leaves forget
-    quality out.
+    quality out. gold_min_k_auc: that model's AUC of min-k between the forget and the holdout set; None leaves PrivLeak
+    out, and no holdout set all of membership inference.
     """
     values: dict[str, float] = {}
     terms: dict[str, float] = {}
@@ -280,7 +277,9 @@ def summarize(scores: dict[str, SetScores], gold_log_truth_ratio: np.ndarray | N
                 values["forget_quality"] = metrics.forget_quality(s.log_truth_ratio, gold_log_truth_ratio).p_value
             if s.rouge_l is not None:
                 values["forget_rouge_l"] = float(s.rouge_l.mean())
-        else:
+            values |= {f"forget_{name}": value for name, value in s.memorization().items()}
+            values |= _membership_metrics(s, scores, gold_min_k_auc)
+        elif s.kind != "holdout":
             own_terms = s.utility_terms(name)
             terms |= own_terms
             if s.kind == "retain":
@@ -303,6 +302,7 @@ def evaluate(
     max_tokens: int,
     max_new_tokens: int,
     batch_size: int,
+    gold_min_k_auc: float | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Everything of a model in its table row. progress counts scored sequences and generated answers alike."""
@@ -310,13 +310,39 @@ def evaluate(
     scores = add_rouge(
         model, tokenizer, sets, scores, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
     )
-    return summarize(scores, gold_log_truth_ratio)
+    return summarize(scores, gold_log_truth_ratio, gold_min_k_auc)
 
 
 def num_pieces(sets: Iterable[EvalSet]) -> int:
     """What `progress` of evaluate() counts to: distinct sequences and generated answers."""
     sets = list(sets)
-    return len(_distinct(sets)) + sum(len(group.rows) for group in sets)
+    return len(_distinct(sets)) + sum(len(group.rows) for group in _generated(sets))
+
+
+def to_log(sets: Iterable[EvalSet], scores: dict[str, SetScores]) -> dict[str, dict[str, list[Any]]]:
+    """The sets that a TOFU log has, in its fields. Raises ValueError for one without wrong or generated answers."""
+    log = {}
+    for group in sets:
+        s = scores[group.name]
+        if group.name not in tofu_log.SETS:
+            continue
+        if not s.has_wrong_answers or s.rouge_l is None:
+            raise ValueError(f"log: {group.name} has no perturbed_answer, and TOFU's logs hold truth ratios")
+        log[group.name] = tofu_log.set_fields(
+            answer_nll=s.answer_nll,
+            answer_lengths=[row.answer.num_answer_tokens for row in group.rows],
+            correct_nll=s.correct_nll,
+            correct_lengths=[row.paraphrased.num_answer_tokens for row in group.rows],
+            wrong_nll=s.wrong_nll,
+            wrong_lengths=[[one.num_answer_tokens for one in row.wrong] for row in group.rows],
+            texts=[
+                (row.row.turns[-1][1], text, row.row.answer) for row, text in zip(group.rows, s.generated, strict=True)
+            ],
+            rouge_1=metrics.rouge_1_recall(s.generated, s.answers),
+            rouge_l=s.rouge_l,
+            normalized=group.kind == "other",
+        )
+    return log
 
 
 def _distinct(sets: Iterable[EvalSet]) -> list[Sequence]:

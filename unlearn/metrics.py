@@ -12,13 +12,10 @@ min-k and privacy leakage; Zhang et al. 2024 (arXiv:2404.02936) for min-k++.
 
 from __future__ import annotations
 
-import json
-import os
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -34,20 +31,14 @@ class KSTest(NamedTuple):
     statistic: float
 
 
-class RougeL(NamedTuple):
+class Rouge(NamedTuple):
     recall: Array  # [n]
     f1: Array  # [n]
 
 
-class TofuLogMetrics(NamedTuple):
-    terms: dict[str, float]  # the nine terms of model utility, "<retain | real_authors | world_facts>_<kind>"
-    model_utility: float
-    log_truth_ratio: Array  # [n], of the forget set; forget_quality compares two models' of these
-
-
 def probability(avg_nll: ArrayLike) -> Array:
     """exp(-A) per answer: the geometric mean of its tokens' probabilities. avg_nll [n] -> [n]; A = inf gives 0."""
-    return np.exp(-_numbers("avg_nll", avg_nll, ndim=1))
+    return np.exp(-numbers("avg_nll", avg_nll, ndim=1))
 
 
 def normalized_probability(avg_nll: ArrayLike, avg_nll_wrong: ArrayLike) -> Array:
@@ -104,7 +95,7 @@ def forget_quality(ratio_unlearned: ArrayLike, ratio_retain: ArrayLike) -> KSTes
     samples in the same form. Prefer logs: ratios that overflowed to inf (or fell to 0) tie, and ties hide an order.
     """
     unlearned, retain = (
-        _numbers(name, values, ndim=1)
+        numbers(name, values, ndim=1)
         for name, values in (("ratio_unlearned", ratio_unlearned), ("ratio_retain", ratio_retain))
     )
     with warnings.catch_warnings():
@@ -114,18 +105,27 @@ def forget_quality(ratio_unlearned: ArrayLike, ratio_retain: ArrayLike) -> KSTes
     return KSTest(p_value=float(result.pvalue), statistic=float(result.statistic))
 
 
-def rouge_l(generated: Sequence[str], references: Sequence[str], *, use_stemmer: bool = True) -> RougeL:
+def rouge_l(generated: Sequence[str], references: Sequence[str], *, use_stemmer: bool = True) -> Rouge:
     """ROUGE-L recall and F1 per row: the longest common subsequence of words over the reference's (and both) lengths.
 
     Words are runs of ASCII letters and digits, in lower case and stemmed (rouge_score); a reference with none scores 0.
     """
+    return _rouge("rougeL", generated, references, use_stemmer)
+
+
+def rouge_1_recall(generated: Sequence[str], references: Sequence[str]) -> Array:
+    """Share of the reference's words that are generated, with stemming, per row."""
+    return _rouge("rouge1", generated, references, use_stemmer=True).recall
+
+
+def _rouge(kind: str, generated: Sequence[str], references: Sequence[str], use_stemmer: bool) -> Rouge:
     from rouge_score.rouge_scorer import RougeScorer
 
     if len(generated) != len(references) or not generated:
         raise ValueError(f"generated and references must be non-empty and as long: {len(generated)}, {len(references)}")
-    scorer = RougeScorer(["rougeL"], use_stemmer=use_stemmer)
-    scores = [scorer.score(reference, text)["rougeL"] for text, reference in zip(generated, references, strict=True)]
-    return RougeL(recall=np.array([s.recall for s in scores]), f1=np.array([s.fmeasure for s in scores]))
+    scorer = RougeScorer([kind], use_stemmer=use_stemmer)
+    scores = [scorer.score(reference, text)[kind] for text, reference in zip(generated, references, strict=True)]
+    return Rouge(recall=np.array([s.recall for s in scores]), f1=np.array([s.fmeasure for s in scores]))
 
 
 def rouge_l_recall(generated: Sequence[str], references: Sequence[str]) -> Array:
@@ -174,7 +174,7 @@ def min_k(logprobs: ArrayLike, *, share: float) -> float:
 
     logprobs: [length] of one sequence, without its end-of-answer token. share: in (0, 1]; TOFU and MUSE use 0.4.
     """
-    values = _numbers("logprobs", logprobs, ndim=1)
+    values = numbers("logprobs", logprobs, ndim=1)
     if not 0 < share <= 1:
         raise ValueError(f"share must be in (0, 1], got {share}")
     count = max(1, int(share * len(values)))
@@ -187,8 +187,8 @@ def min_k_plus_plus(logprobs: ArrayLike, mean_logprob: ArrayLike, var_logprob: A
     mean_logprob, var_logprob: [length], of log p under p itself at the same positions. The variance is bounded below by
     1e-6, as in open-unlearning; a position where the model is certain has none.
     """
-    logprob, mean = _numbers("logprobs", logprobs, ndim=1), _numbers("mean_logprob", mean_logprob, ndim=1)
-    var = _numbers("var_logprob", var_logprob, ndim=1)
+    logprob, mean = numbers("logprobs", logprobs, ndim=1), numbers("mean_logprob", mean_logprob, ndim=1)
+    var = numbers("var_logprob", var_logprob, ndim=1)
     if not len(logprob) == len(mean) == len(var):
         lengths = (len(logprob), len(mean), len(var))
         raise ValueError(f"logprobs, mean_logprob and var_logprob differ in length: {lengths}")
@@ -197,7 +197,7 @@ def min_k_plus_plus(logprobs: ArrayLike, mean_logprob: ArrayLike, var_logprob: A
 
 def zlib_ratio(avg_nll: float, text: str) -> float:
     """A over the text's compressed size in bytes: surprise that compression does not explain."""
-    return float(_numbers("avg_nll", [avg_nll], ndim=1)[0]) / len(zlib.compress(text.encode()))
+    return float(numbers("avg_nll", [avg_nll], ndim=1)[0]) / len(zlib.compress(text.encode()))
 
 
 def auc(forget_scores: ArrayLike, holdout_scores: ArrayLike) -> float:
@@ -205,8 +205,8 @@ def auc(forget_scores: ArrayLike, holdout_scores: ArrayLike) -> float:
 
     Scores grow with surprise (avg_nll, min_k, ...). [n], [m], any sizes.
     """
-    forget = _numbers("forget_scores", forget_scores, ndim=1)
-    holdout = _numbers("holdout_scores", holdout_scores, ndim=1)
+    forget = numbers("forget_scores", forget_scores, ndim=1)
+    holdout = numbers("holdout_scores", holdout_scores, ndim=1)
     rank_sum = rankdata(np.concatenate([forget, holdout]))[len(forget) :].sum()
     return float((rank_sum - len(holdout) * (len(holdout) + 1) / 2) / (len(forget) * len(holdout)))
 
@@ -222,53 +222,7 @@ def privleak(auc_unlearned: float, auc_retain: float) -> float:
     return 100 * (auc_retain - auc_unlearned) / (1 - auc_retain)
 
 
-_TOFU_LOG_SETS = {
-    "retain": "eval_log.json",
-    "real_authors": "eval_real_author_wo_options.json",
-    "world_facts": "eval_real_world_wo_options.json",
-    "forget": "eval_log_forget.json",
-}
-
-
-def read_tofu_log(path: str | os.PathLike[str]) -> dict[str, dict[str, list[Any]]]:
-    """The four sets of an aggregated evaluation log of the TOFU code: set -> field -> one entry per row, in row order.
-
-    The log holds each field as a list or as {row index: entry}. Raises ValueError naming the file for anything else.
-    """
-    try:
-        log = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {name: {f: _in_row_order(v) for f, v in log[file].items()} for name, file in _TOFU_LOG_SETS.items()}
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{os.fspath(path)} is not a TOFU evaluation log: {type(error).__name__}: {error}") from error
-
-
-def log_metrics(log: Mapping[str, Mapping[str, list[Any]]], *, mean: WrongMean = "geometric") -> TofuLogMetrics:
-    """Model utility, its nine terms and the forget set's truth ratios from the losses in a `read_tofu_log` log."""
-    terms: dict[str, float] = {}
-    log_ratios: dict[str, Array] = {}
-    for name, fields in log.items():
-        # avg_paraphrased_loss is the answer's own loss in the sets that have no paraphrases.
-        log_ratios[name] = log_truth_ratio(fields["avg_paraphrased_loss"], fields["average_perturb_loss"], mean=mean)
-        if name == "forget":
-            continue
-        if name == "retain":
-            row_probability = probability(fields["avg_gt_loss"])
-        else:
-            row_probability = normalized_probability(fields["avg_gt_loss"], fields["average_perturb_loss"])
-        terms[f"{name}_probability"] = float(row_probability.mean())
-        terms[f"{name}_rouge_l"] = float(_numbers("rougeL_recall", fields["rougeL_recall"], ndim=1).mean())
-        with np.errstate(over="ignore"):
-            terms[f"{name}_truth_ratio"] = utility_truth_ratio_score(np.exp(log_ratios[name]))
-    return TofuLogMetrics(terms, model_utility(terms), log_ratios["forget"])
-
-
-def _in_row_order(field: list[Any] | dict[str, Any]) -> list[Any]:
-    if isinstance(field, list):
-        return field
-    return [field[index] for index in sorted(field, key=int)]
-
-
-def _numbers(name: str, values: ArrayLike, *, ndim: int) -> Array:
+def numbers(name: str, values: ArrayLike, *, ndim: int) -> Array:
     """`values` as a float64 array; refuses NaN, emptiness and another number of dimensions, naming the argument."""
     try:
         array = np.asarray(values, dtype=np.float64)
@@ -283,7 +237,7 @@ def _numbers(name: str, values: ArrayLike, *, ndim: int) -> Array:
 
 def _paired_nll(name: str, avg_nll: ArrayLike, avg_nll_wrong: ArrayLike) -> tuple[Array, Array]:
     """avg_nll [n] and avg_nll_wrong [n, w], finite: inf - inf would be a NaN of our own making."""
-    correct, wrong = _numbers(name, avg_nll, ndim=1), _numbers("avg_nll_wrong", avg_nll_wrong, ndim=2)
+    correct, wrong = numbers(name, avg_nll, ndim=1), numbers("avg_nll_wrong", avg_nll_wrong, ndim=2)
     if len(correct) != len(wrong):
         raise ValueError(f"{name} has {len(correct)} rows, avg_nll_wrong {len(wrong)}")
     for argument, values in ((name, correct), ("avg_nll_wrong", wrong)):
@@ -293,7 +247,7 @@ def _paired_nll(name: str, avg_nll: ArrayLike, avg_nll_wrong: ArrayLike) -> tupl
 
 
 def _ratios(ratio: ArrayLike) -> Array:
-    array = _numbers("ratio", ratio, ndim=1)
+    array = numbers("ratio", ratio, ndim=1)
     if (array < 0).any():
         raise ValueError(f"ratio must not be negative, got {array.min()} (is it a log ratio?)")
     return array

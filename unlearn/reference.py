@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unlearn.attention import ATTENTION
-from unlearn.data import Item, PackedBatch, Role, Sequence, collate, pack
-from unlearn.model import head_of, hidden_states
-from unlearn_kernels import backends, sequence_logprobs
+from unlearn.data import Sequence
+from unlearn.model import head_of
+from unlearn.scoring import Progress, forward, score, unique
+from unlearn_kernels import backends
 
 LOGPROB_FILE = "reference.safetensors"
 HIDDEN_FILE = "reference-hidden.safetensors"
@@ -32,8 +33,6 @@ HIDDEN_FILE = "reference-hidden.safetensors"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 # Of a model's configuration, what changes no value (the dtype has its own line in the identity).
 _NOT_THE_FUNCTION = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype", "architectures")
-
-Progress = Callable[[int], None]
 
 
 def identity(model: nn.Module, tokenizer: Any) -> dict[str, str]:
@@ -64,44 +63,6 @@ def identity(model: nn.Module, tokenizer: Any) -> dict[str, str]:
 def _digest(value: Any) -> str:
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-@torch.no_grad()
-def score(
-    model: nn.Module, sequences: list[Sequence], *, max_tokens: int, progress: Progress | None = None
-) -> list[float]:
-    """Log-likelihood of each sequence's answer in nats, in the order given.
-
-    Sorted by length before packing, so that sequences of a pack share attention calls. progress is called with the
-    number of sequences done.
-    """
-    head = head_of(model)
-    order = sorted(range(len(sequences)), key=lambda i: sequences[i].num_tokens)
-    values = [0.0] * len(sequences)
-    done = 0
-    for batch, hidden in _forward([sequences[i] for i in order], model, max_tokens, progress):
-        logprobs = sequence_logprobs(hidden, head.weight, batch.targets, batch.cu_answers, **head.kwargs())
-        for value in logprobs.tolist():
-            values[order[done]] = value
-            done += 1
-    return values
-
-
-def _forward(
-    sequences: list[Sequence], model: nn.Module, max_tokens: int, progress: Progress | None
-) -> Iterator[tuple[PackedBatch, Tensor]]:
-    """Packs of these sequences, in order, with their hidden states [N, H]; runs under the caller's grad mode."""
-    device = next(model.parameters()).device
-    for packed in pack([[Item(sequence, Role.RETAIN)] for sequence in sequences], max_tokens):
-        batch = collate([item for group in packed for item in group]).to(device)
-        yield batch, hidden_states(model, batch)
-        if progress is not None:
-            progress(batch.num_sequences)
-
-
-def unique(sequences: Iterable[Sequence]) -> list[Sequence]:
-    """The first of each set of equal sequences: AltPO repeats each forget answer once per alternate."""
-    return list({sequence.content_key: sequence for sequence in sequences}.values())
 
 
 @dataclass(frozen=True)
@@ -249,7 +210,7 @@ class ReferenceHidden:
         lengths = [sequence.num_answer_tokens for sequence in wanted]
         stored = torch.empty(sum(lengths), weight.shape[1], dtype=weight.dtype)
         done = 0
-        for _, hidden in _forward(wanted, model, max_tokens, progress):
+        for _, hidden in forward(wanted, model, max_tokens, progress):
             stored[done : done + len(hidden), : hidden.shape[1]] = hidden.cpu()
             done += len(hidden)
         if head.bias is not None:

@@ -39,6 +39,7 @@ from unlearn.runfiles import (
     save_checkpoint,
     save_pretrained,
 )
+from unlearn.scoring import score, unique
 
 __all__ = [
     "METRICS_FILE",
@@ -213,7 +214,7 @@ def compute_reference(
     members = [member for step in plan for group in step.groups for member in group]
     if METHODS[config.method].reference:
         wanted = [s for s, role in members if role != Role.RETAIN] + [s for step in plan for s in step.refusals]
-        wanted = reference.unique(wanted)
+        wanted = unique(wanted)
         with tqdm(total=len(wanted), desc="reference", unit="seq", disable=not progress, leave=False) as bar:
             table = reference.load_or_compute(
                 model, tokenizer, wanted, config.reference_dir, max_tokens=config.max_tokens, progress=bar.update
@@ -221,7 +222,7 @@ def compute_reference(
         logprobs = table.logprobs
         say(f"reference log-likelihoods of {len(wanted)} sequences: {table.origin}")
     if config.retain_term == "kl":
-        kept = reference.unique(s for s, role in members if role == Role.RETAIN)
+        kept = unique(s for s, role in members if role == Role.RETAIN)
         with tqdm(total=len(kept), desc="reference states", unit="seq", disable=not progress, leave=False) as bar:
             hidden = reference.ReferenceHidden.load_or_compute(
                 model, tokenizer, kept, config.reference_dir, max_tokens=config.max_tokens, progress=bar.update
@@ -271,7 +272,7 @@ def check_kl(batch: PackedBatch, kl: float, dtype: torch.dtype, say: Say) -> Non
 def _with_baseline(step: Step, config: TrainConfig, model: nn.Module, ref: Reference) -> StepTotals:
     """KTO's constant: the mean over the step's refusals of logprob - ref."""
     refusals = list(step.refusals)
-    values = reference.score(model, refusals, max_tokens=config.max_tokens)
+    values = score(model, refusals, max_tokens=config.max_tokens)
     margins = [value - ref.logprobs[s.content_key] for value, s in zip(values, refusals, strict=True)]
     return dataclasses.replace(step.totals, baseline=sum(margins) / len(margins))
 

@@ -25,6 +25,7 @@ from .options import Needs, Spec, accumulation_dtype, exponential_dtype
 
 OFFSET = 40.0
 _LORA_BLOCK_ROWS = 1024
+_CACHED_BYTES = 1 << 20
 
 
 class Coefficients(NamedTuple):
@@ -264,8 +265,10 @@ class Problem:
         # Never a scalar: 16-bit rows times a scalar would round the scalar to 16 bits first.
         scale = scale.to(self.dtype).reshape(-1, *[1] * (grad.ndim - 1))
         out = torch.empty_like(grad, dtype=dtype)
-        # Row blocks: where out has another dtype the CPU multiplies into a temporary.
-        block = max(1, self.spec.workspace_bytes // (8 * max(1, grad[0].numel()) * self.dtype.itemsize))
+        # Row blocks: where out has another dtype the CPU multiplies into a temporary, best in its cache.
+        at_most = self.spec.workspace_bytes // 8
+        at_most = at_most if grad.is_cuda else min(at_most, _CACHED_BYTES)
+        block = max(1, at_most // (max(1, grad[0].numel()) * self.dtype.itemsize))
         for start in range(0, grad.shape[0], block):
             factor = scale if scale.shape[0] == 1 else scale[start : start + block]
             torch.mul(grad[start : start + block], factor, out=out[start : start + block])
