@@ -8,7 +8,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from bench.rows import RESULTS, read
-from unlearn.plots import COLORS, replacing
+from unlearn.files import replacing
+from unlearn.plots import COLORS
 
 KINDS = {"forward": "log-likelihoods", "full": "NPO, trained head", "frozen": "NPO, frozen head"}
 

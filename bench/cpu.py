@@ -13,19 +13,19 @@ out of bounds is marked refused and has no speed.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from bench import providers as everyone
-from bench.inputs import Case, Shape, Truth, truth_of
+from bench.inputs import Case, Shape, truth_of
 from bench.measure import Fields, checked, has_speed, named, outcome, speed
 from bench.providers import Ours, Provider, work_of
 from bench.rows import RESULTS, ROOT, RowFile, environment
@@ -43,7 +43,7 @@ MEMORY_SHAPE = (16384, 2048, 128256)
 TINY = {"ours": [(48, 32, 257)], "peers": [(128, 32, 300)], "memory": (256, 32, 300)}
 # float64 truths: of the log-probabilities, a sample of rows; of the weight's gradient, a pass over all of them
 TRUE_ROWS, TRUE_COLUMNS, DWEIGHT_ROWS = 256, 64, 1024
-SLOW_MS = 3000  # of one call: no warm-up besides
+SLOW_SECONDS = 3.0  # of one call: no warm-up besides
 
 
 def main() -> int:
@@ -87,8 +87,7 @@ def measure(shape: Shape, dtype: torch.dtype, providers: list[Provider], args: a
     """A row per provider and kind."""
     case = Case.make(shape, dtype).unsaturated()
     truth = truth_of(case, num_rows=TRUE_ROWS, num_columns=TRUE_COLUMNS if shape[0] <= DWEIGHT_ROWS else 0)
-    stopwatch = Stopwatch(CPU)
-    timed = Interleaved(stopwatch, warmups=1)
+    timed = Interleaved(Stopwatch(CPU), warmups=1)
     unit = Unit(case.hidden, case.weight)
     timed.add("unit", unit)
     for kind in ("full", "frozen"):
@@ -98,8 +97,9 @@ def measure(shape: Shape, dtype: torch.dtype, providers: list[Provider], args: a
         provider.begin()
         for kind in (kind for kind in KINDS if kind in provider.kinds):
             key = (provider.name, kind)
-            took_ms = stopwatch(functools.partial(_check, errors, key, provider, kind, case, truth))
-            timed.warmups = 0 if took_ms > SLOW_MS else 1  # the check was one
+            start = time.perf_counter()
+            errors[key] = checked(provider, kind, case, truth)
+            timed.warmups = 0 if time.perf_counter() - start > SLOW_SECONDS else 1  # the check was one
             if has_speed(errors[key]):
                 timed.add(key, work_of(provider, kind, case))
     timed.rounds(args.seconds, least=1 if args.tiny else 2, most=2 if args.tiny else args.rounds)
@@ -120,17 +120,6 @@ def measure(shape: Shape, dtype: torch.dtype, providers: list[Provider], args: a
                 row |= speed(timed.times[key], unit_ms) | {"peak_mib": peak, "unit_gflops": gflops}
             case.ask(hidden=False, weight=False)
             yield row
-
-
-def _check(
-    errors: dict[tuple[str, str], Fields],
-    key: tuple[str, str],
-    provider: Provider,
-    kind: str,
-    case: Case,
-    truth: Truth,
-) -> None:
-    errors[key] = checked(provider, kind, case, truth)
 
 
 # -- resident memory ---------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.test_cli import FORGET, options, refused
-from tests.tiny import LLAMA3_TEMPLATE, tiny_llama, tiny_tokenizer, write_rows
+from tests.tiny import LLAMA3_TEMPLATE, save_tiny, tiny_llama, tiny_tokenizer, write_rows
 from unlearn import alternates, cli
 from unlearn.data import rows_from
 from unlearn.generate import sample
@@ -24,8 +24,7 @@ def arguments(files, output, **changes):
 def files(tmp_path_factory):
     """A folder with a model and rows to forget. Read only."""
     folder = tmp_path_factory.mktemp("files")
-    tiny_llama().save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
+    save_tiny(folder / "model")
     write_rows(folder / "forget.jsonl", FORGET)
     return folder
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.tiny import tiny_llama, tiny_tokenizer, write_rows
+from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer, write_rows
 from unlearn import cli
 from unlearn.config import field_types
 from unlearn.recipes import RECIPES
@@ -44,8 +44,7 @@ RETAIN = [
 def files(tmp_path_factory):
     """A folder with a model, rows to forget and rows to keep. Read only."""
     folder = tmp_path_factory.mktemp("files")
-    tiny_llama().save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
+    save_tiny(folder / "model")
     write_rows(folder / "forget.jsonl", FORGET)
     write_rows(folder / "retain.jsonl", RETAIN)
     return folder

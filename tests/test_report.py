@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unlearn import plots, report
+from unlearn import files, plots, report
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 METHODS = {  # name: utility, p-value, forget and retain log-likelihood per token at the end
@@ -158,11 +158,11 @@ def test_undrawable_points_are_counted_in_the_picture(results, tmp_path, monkeyp
 def test_failure_leaves_the_old_file_and_no_temporary(tmp_path):
     target = tmp_path / "report.md"
     target.write_text("old")
-    with pytest.raises(RuntimeError), plots.replacing(target) as temporary:
+    with pytest.raises(RuntimeError), files.replacing(target) as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
-    with plots.replacing(target) as temporary:
+    with files.replacing(target) as temporary:
         temporary.write_text("new")
     assert target.read_text() == "new" and list(tmp_path.iterdir()) == [target]
 

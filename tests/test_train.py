@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.tiny import tiny_llama, tiny_tokenizer, write_rows
+from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer, write_rows
 from unlearn import checkpoint, cli, reference, runfiles
 from unlearn import train as loop
 from unlearn.batches import make_training_set
@@ -249,8 +249,7 @@ def test_resume_from_a_foreign_metrics_file(tmp_path, text):
 def cli_run(tmp_path_factory):
     """(arguments of a training run of four steps with a checkpoint after each, its finished output folder)."""
     folder = tmp_path_factory.mktemp("cli")
-    tiny_llama().save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
+    save_tiny(folder / "model")
     arguments = [
         "train", "--method", "npo", "--beta", "0.1", "--lr", "1e-2", "--epochs", "2", "--batch-size", "3",
         "--seed", "0", "--warmup-epochs", "0", "--retain-term", "nll", "--save-every", "1",

@@ -71,3 +71,9 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
     """The rows as JSON lines; returns the path as the options take it."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+def save_tiny(folder):
+    """The tiny model and its tokenizer, as transformers saves them."""
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)

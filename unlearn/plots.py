@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+
+from unlearn.files import replacing
 
 # Okabe and Ito's palette, told apart with any colour vision; wine red in place of their yellow, faint on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255")
@@ -152,24 +151,6 @@ def _logarithmic_below(axes: Axes, threshold: float, lowest: float) -> None:
 def as_float(value: Any) -> float:
     """The number as float; NaN for None. Accepts the strings "nan", "inf", "-inf", as results.json holds them."""
     return math.nan if value is None else float(value)
-
-
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well: nobody sees half a file."""
-    path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(name)
-        # mkstemp files are private; a report is as readable as any other file the user creates.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def _styled(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Style]]:

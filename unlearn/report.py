@@ -25,7 +25,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unlearn.plots import as_float, plot_logprobs, plot_plane, replacing
+from unlearn.files import replacing
+from unlearn.plots import as_float, plot_logprobs, plot_plane
 
 SIGNIFICANT_DIGITS = 3
 COLUMNS = {

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from unlearn.files import replacing
 from unlearn.metrics import (
     WrongMean,
     forget_quality,
@@ -63,12 +64,8 @@ def write(path: str | os.PathLike[str], log: Log) -> None:
     }
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
+    with replacing(target) as temporary:
         temporary.write_text(json.dumps(rows, allow_nan=False), encoding="utf-8")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def set_fields(

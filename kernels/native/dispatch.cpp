@@ -1,20 +1,7 @@
-// Chooses among the copies of lanes.cpp. UNLEARN_X86 is set where those for x86 were compiled.
+// Chooses among the copies of lanes.cpp.
 #include "lanes.h"
 
 namespace unlearn_native {
-
-namespace generic {
-extern const Lanes table;
-}
-#ifdef UNLEARN_X86
-namespace avx2 {
-extern const Lanes table;
-}
-namespace avx512 {
-extern const Lanes table;
-}
-#endif
-
 namespace {
 
 const Lanes& choose() {

@@ -85,4 +85,17 @@ struct Lanes {
 // Those of this machine's best instruction set.
 const Lanes& lanes();
 
+// The copies that were compiled; UNLEARN_X86 is set where those for x86 were.
+namespace generic {
+extern const Lanes table;
+}
+#ifdef UNLEARN_X86
+namespace avx2 {
+extern const Lanes table;
+}
+namespace avx512 {
+extern const Lanes table;
+}
+#endif
+
 }  // namespace unlearn_native

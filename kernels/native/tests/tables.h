@@ -5,20 +5,6 @@
 
 #include "../lanes.h"
 
-namespace unlearn_native {
-namespace generic {
-extern const Lanes table;
-}
-#ifdef UNLEARN_X86
-namespace avx2 {
-extern const Lanes table;
-}
-namespace avx512 {
-extern const Lanes table;
-}
-#endif
-}  // namespace unlearn_native
-
 namespace check {
 
 inline const std::vector<const unlearn_native::Lanes*>& tables() {
