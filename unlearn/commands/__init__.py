@@ -1,0 +1,1 @@
+"""A module a command: `add(commands)` declares its options; what else it needs it imports when it runs."""

@@ -1,0 +1,69 @@
+"""`unlearn alternates`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from unlearn.commands.common import add_model_options, loading, positive, quiet_transformers
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "alternates",
+        help="sample alternate answers to the forget rows from the model itself, for altpo and simpo",
+        description="Write JSON lines of the forget rows with `alternates`, which `unlearn train --alternates` reads.",
+    )
+    parser.add_argument("--model", required=True, help="folder, or a name on the model hub: the model to unlearn")
+    parser.add_argument("--forget", required=True, help="forget set: a file or tofu:SPLIT")
+    parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines, written batch by batch")
+    parser.add_argument("--resume", action="store_true", help="go on with an --output of the same settings")
+    for flag, default, text in (
+        ("--count", 5, "alternates of each row"),
+        ("--max-new-tokens", 200, "length of an alternate"),
+        ("--batch-size", 8, "rows generated at a time, each --count times"),
+    ):
+        parser.add_argument(flag, type=positive, default=default, help=f"{text} (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="above 0 (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    add_model_options(parser)
+    parser.set_defaults(run=_alternates)
+
+
+def _alternates(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from unlearn.alternates import write_alternates
+    from unlearn.data import load_rows
+    from unlearn.model import load_model, load_tokenizer, max_positions, resolve_device
+
+    output = Path(args.output)
+    if not args.temperature > 0:
+        raise ValueError(f"temperature is {args.temperature}; a number above 0 is accepted")
+    if output.exists() and not args.resume:
+        raise ValueError(f"output: {output} exists; --resume goes on with it")
+    quiet_transformers()
+    device = resolve_device(args.device)
+    rows = load_rows(args.forget, role="forget")
+    with loading(args.model):
+        tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+        longest = max_positions(args.model, trust_remote_code=args.trust_remote_code)
+        model = load_model(args.model, dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code)
+    with tqdm(total=len(rows), desc="alternates", unit="row", leave=False) as bar:
+        done = write_alternates(
+            model,
+            tokenizer,
+            rows,
+            output,
+            count=args.count,
+            temperature=args.temperature,
+            max_new_tokens=args.max_new_tokens,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            max_length=None if longest is None else longest - args.max_new_tokens,
+            progress=bar.update,
+        )
+    there = f", {done} of them before" if done else ""
+    print(f"{args.count} alternates to each of {len(rows)} rows{there}: {output}")
+    return 0

@@ -1,0 +1,60 @@
+"""What several commands share: options, checks of values, errors in one line, printing."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not accepted; a number above 0 is")
+    return value
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", default="bfloat16", choices=dtypes, help="default: %(default)s")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+
+
+def quiet_transformers() -> None:
+    """Loading bars and advice would drown our own lines; TRANSFORMERS_VERBOSITY brings them back."""
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Whatever a library raises at a folder that is damaged becomes one line that names it."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"model: could not load {name!r} ({type(error).__name__}: {error})") from None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """torch raises OutOfMemoryError on a GPU, a plain RuntimeError on a CPU."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def print_metrics(values: dict[str, float], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(values, allow_nan=False))
+        return
+    width = max(len(name) for name in values)
+    for name, value in values.items():
+        print(f"{name:{width}}  {value:.6g}")
