@@ -163,7 +163,7 @@ def test_what_the_operators_say_they_write(ops):
     z, other = torch.randn(20, 300), torch.randn(20, 300)
     calls = {
         "exp_sums": (hidden, weight, targets, *head, offset, sums, e, scratch),
-        "row_grad": (e, weight, targets, coeff, coeff, torch.empty(20, 64), scratch),
+        "row_grad": (e, weight, targets, coeff, coeff, False, torch.empty(20, 64), scratch),
         "col_grad": (e, hidden, targets, coeff, coeff, False, torch.empty(300, 64), scratch),
         "exp_rows": (z.clone(), targets, None, 1.0, 0.0, offset, 0, torch.zeros(20, dtype=torch.float64)),
         "token_stats": (hidden, weight, targets, *head, torch.empty(5, 20, dtype=torch.float64), scratch),

@@ -308,7 +308,7 @@ constexpr int64_t kDepthBlock = 512;   // vocabulary columns of one product
 constexpr int64_t kWidthBlock = 1024;
 
 struct RowGradSizes {
-  int64_t threads, across = 1, down, width_block, stride, accumulators, packed, rows;
+  int64_t threads, across = 1, down, width_block, stride, sums, packed, rows;
 
   RowGradSizes(int64_t num_rows, int64_t width) : threads(at::get_num_threads()) {
     // Threads that share the width pack a part of the matrix each and copy all of E; those that share the tokens the
@@ -324,14 +324,14 @@ struct RowGradSizes {
     down = threads / across;
     const int64_t share = ceil_div(width, across);
     width_block = round_up(ceil_div(share, ceil_div(share, kWidthBlock)), 32);
-    stride = round_up(width, 32);
-    accumulators = round_up(num_rows, 32) * stride;
+    stride = width_block + kSkew / 2;
+    sums = round_up(num_rows, 32) * stride;
     packed = kDepthBlock * width_block;
     rows = kRowBlock * (kDepthBlock + kSkew);
   }
 
   int64_t bytes() const {
-    return 4 * accumulators + threads * (2 * packed + 2 * rows) + 64 * (2 + 2 * threads);
+    return 4 * across * sums + threads * (2 * packed + 2 * rows) + 64 * (1 + across + 2 * threads);
   }
 };
 
@@ -343,14 +343,17 @@ int64_t row_grad_bytes(int64_t num_rows, int64_t width) {
 
 template <typename out_t>
 void row_grad(
-    Matrix e, Matrix matrix, const int64_t* target, const float* target_coeff, const float* e_coeff, out_t* out,
-    int64_t out_stride, void* scratch, int64_t scratch_bytes) {
+    Matrix e, Matrix matrix, const int64_t* target, const float* target_coeff, const float* e_coeff, bool accumulate,
+    out_t* out, int64_t out_stride, void* scratch, int64_t scratch_bytes) {
   const int64_t num_rows = e.rows, vocab = e.columns, width = matrix.columns;
   const RowGradSizes size(num_rows, width);
   const Lanes& lane = lanes();
   Arena arena(scratch, scratch_bytes);
-  float* const sums = arena.take<float>(size.accumulators);
+  std::vector<float*> sums(size.across);
   std::vector<bf16_bits*> packed(size.threads), rows(size.threads);
+  for (float*& block : sums) {
+    block = arena.take<float>(size.sums);
+  }
   for (int64_t thread = 0; thread < size.threads; ++thread) {
     packed[thread] = arena.take<bf16_bits>(size.packed);
     rows[thread] = arena.take<bf16_bits>(size.rows);
@@ -361,6 +364,7 @@ void row_grad(
     const int64_t first_width = column * width_blocks / size.across;
     const int64_t last_width = (column + 1) * width_blocks / size.across;
     const int64_t first_row = line * row_blocks / size.down, last_row = (line + 1) * row_blocks / size.down;
+    float* const block_sums = sums[column];
     for (int64_t h_block = first_width; h_block < last_width; ++h_block) {
       const int64_t h = h_block * size.width_block, num_h = std::min(size.width_block, width - h);
       for (int64_t v = 0; v < vocab; v += kDepthBlock) {
@@ -372,23 +376,22 @@ void row_grad(
           copy_rows(e.data + t * e.stride + v, e.stride, count, num_v, depth, rows[thread], stride);
           product(
               round_up(count, 32), round_up(num_h, 32), depth, stride, size.stride, v > 0, rows[thread], packed[thread],
-              sums + t * size.stride + h);
+              block_sums + t * size.stride);
         }
       }
-    }
-  });
-  at::parallel_for(0, num_rows, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const bf16_bits* picked = nullptr;
-      float coeff = 0.0f;
-      if (target != nullptr) {
-        picked = matrix.data + std::clamp<int64_t>(target[t], 0, vocab - 1) * matrix.stride;
-        coeff = target_coeff[t];
-      }
-      if constexpr (std::is_same_v<out_t, float>) {
-        lane.combine(picked, coeff, sums + t * size.stride, -e_coeff[t], false, width, out + t * out_stride);
-      } else {
-        lane.combine_bf16(picked, coeff, sums + t * size.stride, -e_coeff[t], false, width, out + t * out_stride);
+      for (int64_t t = first_row * kRowBlock; t < std::min(last_row * kRowBlock, num_rows); ++t) {
+        const bf16_bits* picked = nullptr;
+        float coeff = 0.0f;
+        if (target != nullptr) {
+          picked = matrix.data + std::clamp<int64_t>(target[t], 0, vocab - 1) * matrix.stride + h;
+          coeff = target_coeff[t];
+        }
+        const float* const of_row = block_sums + t * size.stride;
+        if constexpr (std::is_same_v<out_t, float>) {
+          lane.combine(picked, coeff, of_row, -e_coeff[t], accumulate, num_h, out + t * out_stride + h);
+        } else {
+          lane.combine_bf16(picked, coeff, of_row, -e_coeff[t], accumulate, num_h, out + t * out_stride + h);
+        }
       }
     }
   });
@@ -490,7 +493,7 @@ void col_grad(
 
 #define UNLEARN_INSTANTIATE(out_t)                                                                                    \
   template void row_grad<out_t>(                                                                                      \
-      Matrix, Matrix, const int64_t*, const float*, const float*, out_t*, int64_t, void*, int64_t);                   \
+      Matrix, Matrix, const int64_t*, const float*, const float*, bool, out_t*, int64_t, void*, int64_t);             \
   template void col_grad<out_t>(                                                                                      \
       Matrix, Matrix, const int64_t*, const float*, const float*, bool, out_t*, int64_t, void*, int64_t);
 UNLEARN_INSTANTIATE(float)

@@ -48,11 +48,11 @@ void logits(
     Matrix hidden, Matrix weight, const Head& head, LowRank low_rank, float* out, int64_t out_stride, void* scratch,
     int64_t scratch_bytes);
 
-// out[t] = target_coeff[t] matrix[target[t]] - e_coeff[t] (E matrix)[t]; target null: without the first term.
+// out[t] (+)= target_coeff[t] matrix[target[t]] - e_coeff[t] (E matrix)[t]; target null: without the first term.
 template <typename out_t>
 void row_grad(
-    Matrix e, Matrix matrix, const int64_t* target, const float* target_coeff, const float* e_coeff, out_t* out,
-    int64_t out_stride, void* scratch, int64_t scratch_bytes);
+    Matrix e, Matrix matrix, const int64_t* target, const float* target_coeff, const float* e_coeff, bool accumulate,
+    out_t* out, int64_t out_stride, void* scratch, int64_t scratch_bytes);
 
 // out[v] (+)= sum over t with target[t] = v of target_coeff[t] rows[t] - sum over t of E[t][v] e_coeff[t] rows[t].
 template <typename out_t>

@@ -302,7 +302,7 @@ struct Coefficients {
 
 bool row_grad_cpu(
     const at::Tensor& e, const at::Tensor& matrix, const OptionalTensor& targets, const OptionalTensor& target_coeff,
-    const at::Tensor& e_coeff, const at::Tensor& out, const at::Tensor& scratch) {
+    const at::Tensor& e_coeff, bool accumulate, const at::Tensor& out, const at::Tensor& scratch) {
   const Matrix e_view = matrix_of(e, "e"), w = matrix_of(matrix, "matrix");
   const Coefficients coeff(targets, target_coeff, e_coeff, e_view.rows);
   TORCH_CHECK_VALUE(
@@ -316,7 +316,7 @@ bool row_grad_cpu(
     const Coefficients here = coeff.from(t);
     const auto run = [&](auto* data) {
       row_grad(
-          part, w, here.target, here.of_target, here.of_e, data + t * out.stride(0), out.stride(0),
+          part, w, here.target, here.of_target, here.of_e, accumulate, data + t * out.stride(0), out.stride(0),
           scratch.mutable_data_ptr(), available);
     };
     if (out.scalar_type() == at::kFloat) {
@@ -395,8 +395,8 @@ TORCH_LIBRARY(unlearn_native, m) {
       "exp_sums(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? lora_hidden, Tensor? lora_b, "
       "float logit_scale, float softcap, Tensor offset, Tensor(a!) sums, Tensor(b!)? e, Tensor(c!) scratch) -> bool");
   m.def(
-      "row_grad(Tensor e, Tensor matrix, Tensor? targets, Tensor? target_coeff, Tensor e_coeff, Tensor(a!) out, "
-      "Tensor(b!) scratch) -> bool");
+      "row_grad(Tensor e, Tensor matrix, Tensor? targets, Tensor? target_coeff, Tensor e_coeff, bool accumulate, "
+      "Tensor(a!) out, Tensor(b!) scratch) -> bool");
   m.def(
       "col_grad(Tensor e, Tensor rows, Tensor? targets, Tensor? target_coeff, Tensor e_coeff, bool accumulate, "
       "Tensor(a!) out, Tensor(b!) scratch) -> bool");

@@ -7,14 +7,15 @@ RowValues serves every per-row value (log-probabilities, KL) under any upstream 
                frozen
     unscaled   it does not, and only hidden wants a gradient: E is used up chunk by chunk into an unscaled dhidden in
                the forward; the backward is a row scaling: 2 units
-    columns    weights want one too, and the backend's products are cheap: E of some columns is kept, that of the rest
-               computed again, a slice of the vocabulary at a time, in the backward: 3 to 4 units, and each gradient is
-               written once (columns.py)
+    columns    weights want one too, or nearly all of E fits, and the backend's products are cheap: E of some columns is
+               kept, that of the rest computed again, a slice of the vocabulary at a time, in the backward: 3 to 4
+               units (2.1 with a frozen weight), and each gradient is written once (columns.py)
     recompute  otherwise: E is computed again, chunk by chunk, in the backward: 4 units
 SequenceLoss knows the loss, so chunks of whole groups get their upstream gradient in the forward: 3 units at any size;
 or "columns" as above.
 
-Neither backward writes into what the forward saved, so a retained graph gives the same gradients twice.
+A retained graph gives the same gradients twice: neither backward writes into what the forward saved, but for
+"columns", which computes that part again.
 """
 
 from __future__ import annotations
@@ -99,8 +100,8 @@ class RowValues(torch.autograd.Function):
             value, dhidden = _unscaled(problem)
             kept = (dhidden, None, None, None)
         elif schedule == "columns":
-            rows, e_NK = columns.values(problem)
-            value, kept = rows.value_C, (rows.target_coeff_C, rows.e_coeff_C, rows.offset_C, e_NK)
+            rows, ctx.columns = columns.values(problem)
+            value, kept = rows.value_C, (rows.target_coeff_C, rows.e_coeff_C, rows.offset_C, None)
         else:
             value = problem.evaluate(0, num_rows, None, problem.scratch(num_rows)).value_C
         ctx.spec, ctx.schedule = spec, schedule
@@ -115,7 +116,7 @@ class RowValues(torch.autograd.Function):
             if ctx.schedule == "keep":
                 gradients = _from_kept(problem, kept, upstream)
             elif ctx.schedule == "columns":
-                gradients = _by_columns(problem, kept, upstream)
+                gradients = _by_columns(problem, kept, ctx.columns, upstream)
             elif ctx.schedule == "unscaled":
                 gradients = problem.scaled(Gradients(hidden_NH=kept[0]), upstream)
             else:
@@ -131,10 +132,12 @@ def _from_kept(problem: Problem, kept: Any, upstream_N: Tensor) -> tuple[Tensor 
     return problem.scaled(grads, None)
 
 
-def _by_columns(problem: Problem, kept: Any, upstream_N: Tensor) -> tuple[Tensor | None, ...]:
-    target_coeff_N, e_coeff_N, offset_N, e_NK = kept
+def _by_columns(
+    problem: Problem, saved: Any, kept: columns.Kept | None, upstream_N: Tensor
+) -> tuple[Tensor | None, ...]:
+    target_coeff_N, e_coeff_N, offset_N, _ = saved
     rows = Coefficients(upstream_N, target_coeff_N, e_coeff_N, offset_N).times(upstream_N)
-    return problem.scaled(columns.gradients(problem, rows, e_NK), None)
+    return problem.scaled(columns.gradients(problem, rows, kept), None)
 
 
 def _unscaled(problem: Problem) -> tuple[Tensor, Tensor | None]:
@@ -233,8 +236,8 @@ class SequenceLoss(torch.autograd.Function):
             e_NV, rows = run.keep()
             ctx.kind, saved = "keep", (e_NV, rows.target_coeff_C, rows.e_coeff_C, None, None)
         elif columns.applies(problem):
-            rows, e_NK = run.by_columns()
-            ctx.kind, saved = "columns", (rows.target_coeff_C, rows.e_coeff_C, rows.offset_C, e_NK, None)
+            rows, ctx.columns = run.by_columns()
+            ctx.kind, saved = "columns", (rows.target_coeff_C, rows.e_coeff_C, rows.offset_C, None, None)
         else:
             ctx.kind, saved = "scale", _buffers(run.chunk_by_chunk())
         scores = run.scores()
@@ -254,7 +257,7 @@ class SequenceLoss(torch.autograd.Function):
             if ctx.kind == "keep":
                 gradients = _from_kept(problem, saved[:4], upstream.expand(problem.num_rows))
             elif ctx.kind == "columns":
-                gradients = _by_columns(problem, saved[:4], upstream.expand(problem.num_rows))
+                gradients = _by_columns(problem, saved[:4], ctx.columns, upstream.expand(problem.num_rows))
             else:
                 gradients = problem.scaled(Gradients(*saved), upstream)
         return *_once(gradients, upstream, hidden, weight, bias, lora_a, lora_b), None, None, None, None
@@ -297,9 +300,9 @@ class _LossRun:
         rows = problem.evaluate(0, problem.num_rows, None, problem.scratch(problem.num_rows))
         self.score(0, self.index.shape[0], rows.value_C)
 
-    def by_columns(self) -> tuple[Coefficients, Tensor | None]:
-        rows, e_NK = columns.values(self.problem)
-        return rows.times(self.score(0, self.index.shape[0], rows.value_C)), e_NK
+    def by_columns(self) -> tuple[Coefficients, columns.Kept | None]:
+        rows, kept = columns.values(self.problem)
+        return rows.times(self.score(0, self.index.shape[0], rows.value_C)), kept
 
     def keep(self) -> tuple[Tensor, Coefficients]:
         problem = self.problem

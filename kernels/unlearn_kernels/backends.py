@@ -33,7 +33,7 @@ from . import checks, chunked, native, native_backend, tiles
 # Arguments shared by the steps that see logits. Shapes: C rows of the chunk, H hidden, V vocabulary, r LoRA rank.
 # lora_hidden is s h A^T in the accumulation dtype, so the logits gain lora_hidden B^T. softcap 0.0 means none.
 _HEAD = "Tensor? bias, Tensor? lora_hidden, Tensor? lora_b, float logit_scale, float softcap"
-_COEFFICIENTS = "Tensor? targets, Tensor? target_coeff, Tensor e_coeff"
+_ADDED = "Tensor? targets, Tensor? target_coeff, Tensor e_coeff, bool accumulate, Tensor(a!) out"
 _KL_HEAD = _HEAD.replace("float", "Tensor ref_hidden, Tensor ref_weight, float", 1)
 _INPUTS = f"Tensor hidden, Tensor weight, Tensor targets, {_HEAD}"
 
@@ -54,10 +54,10 @@ STEPS = {
     ),
     # out [B] float64 = sums of value [N] over the segments between boundaries [B + 1].
     "segment_sums": "(Tensor value, Tensor boundaries, Tensor(a!) out) -> ()",
-    # out [C, D] (any dtype) = target_coeff matrix[y] - e_coeff (E matrix).
-    "row_grad": f"(Tensor e, Tensor matrix, {_COEFFICIENTS}, Tensor(a!) out, Tensor(b!) scratch) -> ()",
+    # out [C, D] (any dtype) (+)= target_coeff matrix[y] - e_coeff (E matrix).
+    "row_grad": f"(Tensor e, Tensor matrix, {_ADDED}, Tensor(b!) scratch) -> ()",
     # out [V, D] (any dtype) (+)= scatter(target_coeff rows at y) - E^T (e_coeff rows).
-    "col_grad": f"(Tensor e, Tensor rows, {_COEFFICIENTS}, bool accumulate, Tensor(a!) out, Tensor(b!) scratch) -> ()",
+    "col_grad": f"(Tensor e, Tensor rows, {_ADDED}, Tensor(b!) scratch) -> ()",
     # out [M, D] (any dtype) (+)= alpha x y: the thin LoRA products.
     "matmul": "(Tensor x, Tensor y, float alpha, bool accumulate, Tensor(a!) out) -> ()",
     # stats [4, C] float64 = logprob, is_argmax, mean and variance of log p under p.

@@ -198,10 +198,11 @@ def row_grad(
     targets_C: Tensor | None,
     target_coeff_C: Tensor | None,
     e_coeff_C: Tensor,
+    accumulate: bool,
     out_CD: Tensor,
     scratch: Tensor,
 ) -> None:
-    """out_t = target_coeff_t matrix[y_t] - e_coeff_t (E matrix)_t, accumulated in the scratch's dtype."""
+    """out_t (+)= target_coeff_t matrix[y_t] - e_coeff_t (E matrix)_t, accumulated in the scratch's dtype."""
     vocab, width = matrix_VD.shape
     regions = Scratch(scratch, e_CV.shape[0], width, vocab, planes=1)
     for start, stop in blocks(e_CV.shape[0], regions.rows):
@@ -216,6 +217,8 @@ def row_grad(
                 picked = gather_rows(matrix_VD, safe_R[first:last], out=regions.vocab_region(last - first, width))
                 coeff = target_coeff_C[start + first : start + last, None]
                 acc_RD[first:last].addcmul_(coeff, picked)
+        if accumulate:
+            acc_RD.add_(out_CD[rows])
         out_CD[rows].copy_(acc_RD)
 
 

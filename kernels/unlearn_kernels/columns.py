@@ -2,12 +2,13 @@
 
 A weight's gradient that is accumulated over chunks of rows needs float32 sums of V x H, which on a CPU cost more than a
 product: first touch, a pass per chunk, a cast. Over slices of the vocabulary each is formed once, in its final dtype,
-and only hidden's is accumulated. E of as many columns as the workspace holds is kept from the forward; that of the
-others is computed again, a slice at a time: 3 + (1 - kept share) units.
+and only hidden's is accumulated. E of as many columns as the workspace holds is kept from the forward; once it is used,
+that of the others is computed again in its place, a slice at a time: 3 + (1 - kept share) units.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -19,14 +20,30 @@ from .problem import OFFSET, Coefficients, Gradients, Problem
 _FEWEST = 1024
 # A slice of E much larger than the caches costs its page faults and comes back from memory all the same.
 _SLICE_BYTES = 64 << 20
-_ADDED_ROWS = 4096
+# Of E: one chunk of rows more costs about as much as computing a tenth of E again.
+_NEARLY_ALL = 0.9
+
+
+class Kept:
+    """E [N, K] of the first K columns, from `values` to the first `gradients`, which writes over it; then None."""
+
+    def __init__(self, e_NK: Tensor) -> None:
+        self.e_NK: Tensor | None = e_NK
+        self.columns = e_NK.shape[1]
+
+    def take(self) -> Tensor | None:
+        e_NK, self.e_NK = self.e_NK, None
+        return e_NK
 
 
 def applies(problem: Problem) -> bool:
-    """Whether weights want gradients and the backend's products cost less than float32 sums over chunks of rows."""
+    """Whether the backend's products cost less than float32 sums over chunks of rows, where weights want gradients; or,
+    where hidden alone does, than the weight packed anew for each chunk, because nearly all of E fits."""
     needs, prefers = problem.spec.needs, problem.backend.prefers_columns
-    asked = problem.targets_N is not None and (needs.weight or needs.bias or needs.lora_b)
-    return asked and prefers(problem.hidden_NH, problem.weight_VH) and _that_fit(problem) >= _FEWEST
+    if problem.targets_N is None or not prefers(problem.hidden_NH, problem.weight_VH):
+        return False
+    fewest = _FEWEST if needs.weight or needs.bias or needs.lora_b else max(_FEWEST, _NEARLY_ALL * problem.vocab)
+    return _that_fit(problem) >= fewest
 
 
 def _that_fit(problem: Problem) -> int:
@@ -41,16 +58,12 @@ def _of_a_slice(problem: Problem) -> int:
 
 
 def _to_keep(problem: Problem) -> int:
-    """What is left of the workspace beside a slice; nothing while torch.compile traces, since whether a row was redone
-    is read by the host."""
-    if torch.compiler.is_compiling():
-        return 0
-    count = min(_that_fit(problem) - _of_a_slice(problem), problem.vocab) // 32 * 32
-    return count if count >= _FEWEST else 0
+    """What fits; nothing while torch.compile traces, since whether a row was redone is read by the host."""
+    return 0 if torch.compiler.is_compiling() else min(_that_fit(problem), problem.vocab) // 32 * 32
 
 
-def values(problem: Problem) -> tuple[Coefficients, Tensor | None]:
-    """Of all rows, and E [N, K] of the first K columns or None."""
+def values(problem: Problem) -> tuple[Coefficients, Kept | None]:
+    """Of all rows, and what is kept of E."""
     scratch = problem.scratch(problem.num_rows)
     inputs, target_logit_N = problem.begin(slice(0, problem.num_rows), scratch)
     offset_N, sums_N = target_logit_N + OFFSET, torch.empty_like(target_logit_N)
@@ -64,11 +77,12 @@ def values(problem: Problem) -> tuple[Coefficients, Tensor | None]:
     exp_sums(*_inputs(problem, count, problem.vocab), offset_N, rest_N, None, scratch)
     rows = problem.finish(inputs, target_logit_N, offset_N, sums_N.add_(rest_N), None, scratch)
     # a row that was redone has another offset than its part of e_NK
-    return rows, e_NK if torch.equal(offset_N, target_logit_N + OFFSET) else None
+    return rows, Kept(e_NK) if torch.equal(offset_N, target_logit_N + OFFSET) else None
 
 
-def gradients(problem: Problem, rows: Coefficients, e_NK: Tensor | None) -> Gradients:
-    """All gradients, in their final dtypes, from rows with upstream applied and what `values` kept."""
+def gradients(problem: Problem, rows: Coefficients, kept: Kept | None) -> Gradients:
+    """All gradients, in their final dtypes, from rows with upstream applied and what `values` kept. A second call (of a
+    retained graph) computes the kept columns again, as one slice: the same bits."""
     assert problem.targets_N is not None and rows.offset_C is not None
     num_rows, vocab = problem.num_rows, problem.vocab
     grads = problem.new_gradients(final=True)
@@ -77,17 +91,17 @@ def gradients(problem: Problem, rows: Coefficients, e_NK: Tensor | None) -> Grad
     if problem.lora_b_VR is not None and (grads.hidden_NH is not None or grads.lora_a_RH is not None):
         inner_sum = problem.empty(num_rows, problem.lora_b_VR.shape[1]).zero_()
     scratch, ignored_N = problem.scratch(num_rows), torch.empty_like(rows.e_coeff_C)
-    first = 0
-    if e_NK is not None:
-        first = e_NK.shape[1]
-        _add_slice(problem, rows, 0, e_NK, grads, (hidden_sum, inner_sum), scratch)
-    size = _even(vocab - first, _of_a_slice(problem))
-    e_flat = problem.empty(num_rows * min(size, vocab - first), dtype=problem.e_dtype)
-    for start in range(first, vocab, size):
-        stop = min(start + size, vocab)
+    first = 0 if kept is None else kept.columns
+    size = _even(vocab - first, min(_of_a_slice(problem), first or vocab))
+    e_NK = None if kept is None else kept.take()
+    is_there = e_NK is not None
+    e_flat = problem.empty(num_rows * max(first, size), dtype=problem.e_dtype) if e_NK is None else e_NK.view(-1)
+    edges = [*([0] if first else []), *range(first, vocab, size), vocab]
+    for start, stop in itertools.pairwise(edges):
         e_NS = e_flat[: num_rows * (stop - start)].view(num_rows, stop - start)
-        inputs = _inputs(problem, start, stop)
-        problem.backend.steps.exp_sums(*inputs, rows.offset_C, ignored_N, e_NS, scratch)
+        if start > 0 or not is_there:
+            inputs = _inputs(problem, start, stop)
+            problem.backend.steps.exp_sums(*inputs, rows.offset_C, ignored_N, e_NS, scratch)
         _add_slice(problem, rows, start, e_NS, grads, (hidden_sum, inner_sum), scratch)
     if grads.hidden_NH is not None and hidden_sum is not None:
         grads.hidden_NH.copy_(hidden_sum)
@@ -132,7 +146,7 @@ def _add_slice(
     target = (targets_N.clamp(0, count - 1), torch.where(inside_N, rows.target_coeff_C, 0.0), rows.e_coeff_C)
     for total, matrix in zip(sums, (problem.weight_VH, problem.lora_b_VR), strict=True):
         if total is not None and matrix is not None:
-            _add_row_grad(problem, e_NS, matrix[cols], *target, total, scratch)
+            problem.backend.steps.row_grad(e_NS, matrix[cols], *target, True, total, scratch)
     columns = (
         (problem.hidden_NH, grads.weight_VH),
         (rows.e_coeff_C.new_ones(problem.num_rows, 1), None if grads.bias_V is None else grads.bias_V[:, None]),
@@ -141,22 +155,3 @@ def _add_slice(
     for rows_ND, out_VD in columns:
         if out_VD is not None and rows_ND is not None:
             problem.backend.steps.col_grad(e_NS, rows_ND, *target, False, out_VD[cols], scratch)
-
-
-def _add_row_grad(
-    problem: Problem,
-    e_NS: Tensor,
-    matrix_SD: Tensor,
-    targets_N: Tensor,
-    target_coeff_N: Tensor,
-    e_coeff_N: Tensor,
-    total_ND: Tensor,
-    scratch: Tensor,
-) -> None:
-    part = problem.empty(min(problem.num_rows, _ADDED_ROWS), matrix_SD.shape[1])
-    for start in range(0, problem.num_rows, _ADDED_ROWS):
-        rows = slice(start, min(start + _ADDED_ROWS, problem.num_rows))
-        out = part[: rows.stop - start]
-        of_rows = (targets_N[rows], target_coeff_N[rows], e_coeff_N[rows])
-        problem.backend.steps.row_grad(e_NS[rows], matrix_SD, *of_rows, out, scratch)
-        total_ND[rows].add_(out)

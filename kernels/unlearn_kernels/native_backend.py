@@ -38,6 +38,7 @@ __all__ = [
 
 # what the kernels want for each thread's tiles, in float32: 3 MiB
 _ROOM = (os.cpu_count() or 1) * (3 << 18)
+_SUMS_WIDTH = (os.cpu_count() or 1) * 1024
 # glibc maps blocks from here on anew each time, at most
 _LARGE = 32 << 20
 
@@ -45,9 +46,9 @@ _LARGE = 32 << 20
 def scratch_elements(
     num_rows: int, width: int, vocab: int, *, is_cuda: bool, max_elements: int, gradients: bool
 ) -> int:
-    """Rows of hidden packed for the products, a row gradient's float32 sums, and 3 MiB a thread. The kernels take fewer
-    rows at a time if they get less."""
-    rows = num_rows * (max(width, 32) + 64)
+    """Rows packed for the products (16 bits), or a row gradient's float32 sums of 1024 columns a thread, and 3 MiB a
+    thread. The kernels take fewer rows at a time if they get less."""
+    rows = num_rows * (max(width // 2, min(width, _SUMS_WIDTH), 32) + 64)
     at_least = chunked.scratch_elements(
         num_rows, width, vocab, is_cuda=is_cuda, max_elements=max_elements, gradients=gradients
     )
@@ -147,10 +148,11 @@ def row_grad(
     targets_C: Tensor | None,
     target_coeff_C: Tensor | None,
     e_coeff_C: Tensor,
+    accumulate: bool,
     out_CD: Tensor,
     scratch: Tensor,
 ) -> None:
-    inputs = (e_CV, matrix_VD, targets_C, target_coeff_C, e_coeff_C)
+    inputs = (e_CV, matrix_VD, targets_C, target_coeff_C, e_coeff_C, accumulate)
     served = _fused(e_CV, matrix_VD) and _writable(out_CD) and matrix_VD.shape[1] >= 32
     if not (served and operators().row_grad(*inputs, out_CD, scratch)):
         chunked.row_grad(*inputs, out_CD, scratch)

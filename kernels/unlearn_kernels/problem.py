@@ -192,10 +192,10 @@ class Problem:
 
         if grads.hidden_NH is not None:
             out = grads.hidden_NH[span]
-            steps.row_grad(e_CV, self.weight_VH, targets_C, target_coeff_C, e_coeff_C, out, scratch)
+            steps.row_grad(e_CV, self.weight_VH, targets_C, target_coeff_C, e_coeff_C, False, out, scratch)
         if self.lora_b_VR is not None and (grads.hidden_NH is not None or grads.lora_a_RH is not None):
             inner_CR = self.empty(stop - start, self.lora_b_VR.shape[1])
-            steps.row_grad(e_CV, self.lora_b_VR, targets_C, target_coeff_C, e_coeff_C, inner_CR, scratch)
+            steps.row_grad(e_CV, self.lora_b_VR, targets_C, target_coeff_C, e_coeff_C, False, inner_CR, scratch)
             self.add_lora_a(start, inner_CR, grads)
         if grads.weight_VH is not None:
             columns(hidden_CH, grads.weight_VH)

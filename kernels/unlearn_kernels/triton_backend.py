@@ -480,6 +480,7 @@ def row_grad(
     targets_C: Tensor | None,
     target_coeff_C: Tensor | None,
     e_coeff_C: Tensor,
+    accumulate: bool,
     out_CD: Tensor,
     scratch: Tensor,
 ) -> None:
@@ -492,6 +493,7 @@ def row_grad(
         rows, count = slice(start, stop), stop - start
         acc_RD = scratch[: count * width].view(count, width) if regions is None else regions.rows_region(count, width)
         product_rows(acc_RD, e_CV[rows], matrix_VD, regions)
+        out_RD = torch.empty_like(out_CD[rows]) if accumulate else out_CD[rows]
         with _device(e_CV):
             triton_kernels.row_grad_kernel[(count,)](
                 acc_RD,
@@ -499,15 +501,17 @@ def row_grad(
                 acc_RD if targets_C is None else targets_C[rows],
                 acc_RD if target_coeff_C is None else target_coeff_C[rows],
                 e_coeff_C[rows],
-                out_CD[rows],
+                out_RD,
                 vocab,
                 width,
                 matrix_VD.stride(0),
                 matrix_VD.stride(1),
-                out_CD.stride(0),
+                out_RD.stride(0),
                 HAS_TARGETS=targets_C is not None,
                 BLOCK_D=_power_of_two(width, 2048),
             )
+        if accumulate:
+            out_CD[rows].add_(out_RD)
 
 
 def col_grad(

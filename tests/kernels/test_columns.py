@@ -32,15 +32,25 @@ def small_slices(backend, monkeypatch):
 @pytest.fixture
 def slices(monkeypatch):
     """The widths of E that were asked of exp_sums, None for no E, in order."""
-    widths = []
+    return _record(monkeypatch, lambda e: None if e is None else e.shape[1])
+
+
+@pytest.fixture
+def places(monkeypatch):
+    """Where in memory each E that was asked of exp_sums began."""
+    return _record(monkeypatch, lambda e: None if e is None else e.data_ptr())
+
+
+def _record(monkeypatch, what):
+    seen = []
     for name, entry in list(backends.BACKENDS.items()):
 
         def recorded(*args, exp_sums=entry.steps.exp_sums):
-            widths.append(None if args[10] is None else args[10].shape[1])
+            seen.append(what(args[10]))
             return exp_sums(*args)
 
         monkeypatch.setitem(backends.BACKENDS, name, replace(entry, steps=_With(entry.steps, exp_sums=recorded)))
-    return widths
+    return seen
 
 
 class _With:
@@ -114,10 +124,15 @@ def test_what_is_kept_is_not_computed_again(slices):
     assert kept + sum(again) == VOCAB and len(again) > 1
 
 
-def test_nothing_is_kept_where_little_fits(slices):
-    case = make_case(ROWS, 32, VOCAB, torch.bfloat16)
-    tokens(0.15)(case).backward()
-    assert slices[0] is None and sum(slices[1:]) == VOCAB
+@pytest.mark.parametrize("vocab", [301, 280])  # 280: what is not kept would fit one slice, but not what was kept
+@pytest.mark.parametrize("slice_bytes", [1, 1 << 30])
+def test_slices_take_the_memory_of_what_was_kept(slice_bytes, vocab, slices, places, monkeypatch):
+    """So that E never takes more than what fits the workspace."""
+    monkeypatch.setattr(columns, "_SLICE_BYTES", slice_bytes)
+    monkeypatch.setattr(columns, "_that_fit", lambda problem: 155)
+    tokens(0.3)(make_case(ROWS, 32, vocab, torch.bfloat16)).backward()
+    assert slices[0] == 128 and slices[1] is None and max(slices[2:]) <= 128 and sum(slices[2:]) == vocab - 128
+    assert len(slices) > 3 and set(places[2:]) == {places[0]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -141,6 +156,14 @@ def test_a_retained_graph_gives_the_same_gradients_twice():
     first = torch.autograd.grad(value, leaves, retain_graph=True)
     second = torch.autograd.grad(value, leaves)
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("share, fits", [(0.95, True), (0.8, False)])
+def test_hidden_alone_where_nearly_all_of_e_fits(share, fits, slices):
+    case = make_case(ROWS, 32, VOCAB, torch.bfloat16)
+    frozen = ("weight",)
+    check_gradients(case, tokens(share), tokens_reference, frozen=frozen)
+    assert (slices[0] == VOCAB) is not fits and (None in slices) is fits
 
 
 def test_even_slices_cover_the_vocabulary():

@@ -424,7 +424,7 @@ def test_row_grad(dtype, width):
         # rows of a wider tensor, as a gradient that is a slice
         out = torch.zeros(9, width + 2, dtype=dtype, device=device())
         scratch = torch.empty(8 * width + 4000, device=device())
-        backends.BACKENDS["triton"].steps.row_grad(e, matrix, *given, e_coeff, out[:, :width], scratch)
+        backends.BACKENDS["triton"].steps.row_grad(e, matrix, *given, e_coeff, False, out[:, :width], scratch)
         truth = -e_coeff[:, None].double() * product
         if given[0] is not None:
             truth += coeff[:, None].double() * matrix[targets].double()
@@ -716,10 +716,12 @@ def test_row_grad_in_blocks_of_rows():
     matrix = torch.randn(30, 24, generator=generator(7)).to(device())
     out = torch.empty(20, 24, device=device())
     scratch = torch.empty(24 * 8, device=device())
-    backends.BACKENDS["triton"].steps.row_grad(e, matrix, targets, coeff, e_coeff, out, scratch)
+    backends.BACKENDS["triton"].steps.row_grad(e, matrix, targets, coeff, e_coeff, False, out, scratch)
     truth = coeff[:, None].double() * matrix[targets].double()
     truth -= e_coeff[:, None].double() * (e.double() @ matrix.double())
     assert relative_error(out, truth) <= 1e-6
+    backends.BACKENDS["triton"].steps.row_grad(e, matrix, targets, coeff, e_coeff, True, out, scratch)
+    assert relative_error(out, 2 * truth) <= 1e-6
 
 
 def test_token_stats_of_a_memorised_row_below_the_last_bit_of_1():

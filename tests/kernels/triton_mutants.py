@@ -442,8 +442,8 @@ PRODUCTS = (
     Mutant(
         "triton: every block of hidden's gradient lands on the first",
         BACKEND,
-        "e_coeff_C[rows],\n                out_CD[rows],",
-        "e_coeff_C[rows],\n                out_CD,",
+        "if accumulate else out_CD[rows]\n",
+        "if accumulate else out_CD[:count]\n",
         (f"{TRITON}::test_row_grad_in_blocks_of_rows",),
     ),
     Mutant(

@@ -367,17 +367,32 @@ std::vector<out_t> contents(const Grid<out_t>& out) {
   return result;
 }
 
+// What a gradient that accumulates finds there: small whole numbers.
+double before(int64_t row, int64_t h) {
+  return static_cast<double>((row * 7 + h) % 101 - 50);
+}
+
+template <typename out_t>
+void fill_for_accumulation(const GradProblem& of, Grid<out_t>& out) {
+  for (int64_t row = 0; row < out.rows && of.options.accumulate; ++row) {
+    for (int64_t h = 0; h < out.columns; ++h) {
+      out[row][h] = to_out(before(row, h), out_t{});
+    }
+  }
+}
+
 template <typename out_t>
 std::vector<out_t> run_row_grad(GradProblem& of) {
   of.about_this("row_grad", sizeof(out_t));
   const Sizes& s = of.sizes;
   Scratch scratch(unlearn_native::row_grad_bytes(s.rows, s.width), of.options.number);
   Grid<out_t> out(s.rows, s.width, s.width + of.options.number % 3, of.options.number / 2 % 2);
+  fill_for_accumulation(of, out);
   const bool with_target = of.options.with_target;
   unlearn_native::row_grad<out_t>(
       of.e.matrix(), of.operand.matrix(), with_target ? of.target.data() : nullptr,
-      with_target ? of.target_coeff.data() : nullptr, of.e_coeff.data(), out.data(), out.stride, scratch.data(),
-      scratch.size());
+      with_target ? of.target_coeff.data() : nullptr, of.e_coeff.data(), of.options.accumulate, out.data(), out.stride,
+      scratch.data(), scratch.size());
   out.check_gaps();
   return contents(out);
 }
@@ -397,13 +412,14 @@ void check_row_grad(GradProblem& of) {
     for (int64_t h = 0; h < s.width; ++h) {
       const double of_target =
           of.inside(t) ? static_cast<double>(of.target_coeff[t]) * of.operand.row(of.target[t])[h] : 0.0;
-      const double want = of_target - of.e_coeff[t] * sum[h];
+      const double there = of.options.accumulate ? before(t, h) : 0.0;
+      const double want = there + of_target - of.e_coeff[t] * sum[h];
       const out_t out = got[t * s.width + h];
       if (of.options.whole) {  // exact, so rounded once
         CHECK(value(out) == value(to_out(want, out_t{})), t, h, value(out), want);
       } else {
         const double slack =
-            static_cast<double>(s.vocab + 4) * 2 * kEps * (std::fabs(of.e_coeff[t]) * size[h] + std::fabs(of_target));
+            static_cast<double>(s.vocab + 4) * 2 * kEps * (std::fabs(of.e_coeff[t]) * size[h] + std::fabs(of_target) + std::fabs(there));
         CHECK(
             close(value(out), want, slack + (sizeof(out_t) == 2 ? kBf16 * std::fabs(want) : 0.0)), t, h, value(out),
             want);
@@ -418,11 +434,7 @@ std::vector<out_t> run_col_grad(GradProblem& of) {
   const Sizes& s = of.sizes;
   Scratch scratch(unlearn_native::col_grad_bytes(s.rows, s.width), of.options.number);
   Grid<out_t> out(s.vocab, s.width, s.width + of.options.number % 3, of.options.number / 2 % 2);
-  for (int64_t v = 0; v < s.vocab && of.options.accumulate; ++v) {
-    for (int64_t h = 0; h < s.width; ++h) {
-      out[v][h] = to_out(static_cast<double>((v * 7 + h) % 101 - 50), out_t{});
-    }
-  }
+  fill_for_accumulation(of, out);
   const bool with_target = of.options.with_target;
   unlearn_native::col_grad<out_t>(
       of.e.matrix(), of.operand.matrix(), with_target ? of.target.data() : nullptr,
@@ -439,7 +451,7 @@ void check_col_grad(GradProblem& of) {
   std::vector<double> sum(s.width), size(s.width);
   for (int64_t v = 0; v < s.vocab; ++v) {
     for (int64_t h = 0; h < s.width; ++h) {
-      sum[h] = of.options.accumulate ? static_cast<double>((v * 7 + h) % 101 - 50) : 0.0;
+      sum[h] = of.options.accumulate ? before(v, h) : 0.0;
       size[h] = std::fabs(sum[h]) * kEps * 512;
     }
     for (int64_t t = 0; t < s.rows; ++t) {
@@ -526,6 +538,7 @@ TEST(row_grad_sizes) {
   sweep([](Sizes sizes, int64_t number, int threads) {
     GradOptions options{number, threads};
     options.with_target = number % 3 != 0;
+    options.accumulate = number % 5 < 2;
     GradProblem problem(sizes, true, options);
     number % 2 == 0 ? check_row_grad<float>(problem) : check_row_grad<bf16_bits>(problem);
   });
@@ -558,7 +571,7 @@ TEST(large_sizes) {
       check_exp_sums(problem, true);
       check_token_stats(problem);
     }
-    // blocks of depth (1024 columns), of width (512), of rows (128); widths that threads share and that they do not
+    // blocks of depth (512 columns), of width (1024), of rows (256); widths that threads share and that they do not
     for (const Sizes& sizes :
          {Sizes{17, 33, 1024}, Sizes{130, 64, 1025}, Sizes{33, 96, 2100}, Sizes{65, 513, 65}, Sizes{16, 1030, 40},
           Sizes{15, 800, 1030}, Sizes{257, 32, 100}, Sizes{300, 128, 64}, Sizes{5, 384, 64}}) {
