@@ -95,7 +95,7 @@ def finish(process):
 # ---------------------------------------------------------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "reference", "alternates", "eval", "metrics"])
+@pytest.mark.parametrize("command", ["", "demo", "train", "reference", "alternates", "eval", "muse", "metrics"])
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command.split(), "--help"])
@@ -111,6 +111,9 @@ def test_help(capsys, command):
     elif command == "eval":
         for flag in ("--model", "--forget", "--gold", "--json", "--real-authors", "--world-facts", "--max-rows"):
             assert flag in out
+    elif command == "muse":
+        for flag in ("--data", "--verbmem", "--forget-qa", "--retain-shots", "--holdout", "--gold", "--prompt-tokens"):
+            assert flag in out
     elif command == "demo":
         for flag in ("--out", "--data", "--seed", "--methods", "--reuse-models", "--device"):
             assert flag in out
@@ -119,7 +122,7 @@ def test_help(capsys, command):
         for flag in flags.get(command, ("--retain", "--mean", "--json", "LOG")):
             assert flag in out
     else:
-        commands = ("demo", "train", "reference", "alternates", "eval", "metrics")
+        commands = ("demo", "train", "reference", "alternates", "eval", "muse", "metrics")
         for name in (*commands, "examples:", "unlearn train --recipe tofu-npo-rt"):
             assert name in out
 

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny import CHATML_TEMPLATE, LLAMA2_TEMPLATE, LLAMA3_TEMPLATE, tiny_llama, tiny_tokenizer, write_rows
-from unlearn.data import Item, Role, Row, Sequence, collate, encode, load_rows, pack, render, rows_from
+from unlearn.data import Item, Role, Row, Sequence, collate, encode, load_rows, pack, render, rows_from, windows
 from unlearn.model import generating
 from unlearn.scoring import score
 
@@ -80,7 +80,14 @@ def test_line_separators_inside_a_string_do_not_end_a_row(tmp_path):
     [
         ('{"question": "q"', "not JSON: .* at column"),
         ("[1, 2]", "a JSON object is accepted, this is a list"),
-        ('{"text": "t"}', "this row has text"),
+        ('{"story": "t"}', "this row has story"),
+        ('{"text": " "}', "the document is empty"),
+        ('{"text": ["t"]}', "text is a list; a string is accepted"),
+        ('{"question": "q", "question": "r", "answer": "a"}', "the key 'question' is there twice"),
+        ('{"question": "q", "answer": "a", "page": ' + "9" * 5000 + "}", "limit .4300 digits."),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"question": "q", "answer": "a", "key": "\\udc80"}', "key has half of a surrogate pair"),
+        ('{"two\\nlines": 1}', r"this row has 'two\\nlines'"),
         ("{}", "this row has no fields"),
         ('{"question": "q"}', "answer is missing; a string is accepted"),
         ('{"question": "q", "answer": 3}', "answer is a int; a string is accepted"),
@@ -117,7 +124,7 @@ def test_an_unusable_row_is_named_with_its_reason(tmp_path, line, reason):
 def test_unreadable_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="forget: no file 'nowhere.json'"):
         load_rows("nowhere.json", role="forget")
-    with pytest.raises(ValueError, match="forget: no file"):
+    with pytest.raises(ValueError, match="forget: .* has no .txt file; a file .*, a folder of .txt files, a glob"):
         load_rows(str(tmp_path), role="forget")
     empty = tmp_path / "empty.json"
     empty.write_text("\n \n")
@@ -138,7 +145,7 @@ def test_rows_in_memory_are_checked_alike():
 
 
 def test_tofu_by_name_without_the_network_says_what_to_do():
-    with pytest.raises(ValueError, match="forget: could not load TOFU's 'forget10' by name .*forget10.json") as caught:
+    with pytest.raises(ValueError, match="forget: could not load 'tofu:forget10' from .*forget10.json") as caught:
         load_rows("tofu:forget10", role="forget")
     assert "\n" not in str(caught.value)
 
@@ -394,6 +401,94 @@ def test_content_key_names_ids_and_span_alone():
     keys = [sequence.content_key for sequence in different]
     assert len(set(keys)) == 3
     assert Sequence("b", (1, 2, 3), 1).content_key == keys[0]
+
+
+# -------------------------------------------------------------------------------------------------------- documents
+
+DOCUMENT = "Odo Fenn won the Prize of Lanterns.\n\nMara Quill \u2014 caf\u00e9 \U0001f600 \u2014 was born in Arvel. "
+
+
+def document_row(text=DOCUMENT, key="d"):
+    return Row(key, (("user", ""),), text, raw=True, document=True)
+
+
+def bos_tokenizer():
+    """With a <bos> that only a document's windows get: nothing else adds it."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [tiny_tokenizer, bos_tokenizer])
+def test_a_document_has_no_prompt_and_no_end(make):
+    tokenizer = make()
+    ids = tuple(tokenizer(DOCUMENT, add_special_tokens=False)["input_ids"])
+    sequence = encode(document_row(), tokenizer, max_length=None)
+    if tokenizer.bos_token_id is None:
+        assert sequence.input_ids == ids and sequence.answer_start == 1
+    else:
+        assert sequence.input_ids == (tokenizer.bos_token_id, *ids) and sequence.answer_start == 1
+    assert tokenizer.eos_token_id not in sequence.input_ids and sequence.key == "d"
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(min_size=2, max_size=60), size=st.integers(2, 80), with_bos=st.booleans())
+def test_windows_hold_every_token_of_a_document_once(text, size, with_bos):
+    tokenizer = bos_tokenizer() if with_bos else tiny_tokenizer()
+    ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if len(ids) < 2:
+        return
+    cut = windows([document_row(text)], tokenizer, size=size)
+    sequences = [encode(row, tokenizer, max_length=size) for row in cut]
+    labels = [token for sequence in sequences for token in label_ids(sequence)]
+    assert tuple(labels) == (ids if with_bos else ids[1:])
+    assert [sequence.key for sequence in sequences] == [f"d#{number}" for number in range(len(cut))]
+    # all windows but the last are full, and each begins with what stands before its first label
+    assert all(len(sequence.input_ids) == size for sequence in sequences[:-1])
+    for number, sequence in enumerate(sequences):
+        before = tokenizer.bos_token_id if with_bos else ids[number * (size - 1)]
+        assert sequence.input_ids[0] == before and sequence.num_answer_tokens >= 1
+    assert {row.document for row in cut} == {True}
+    if text.isascii():
+        first = tokenizer.decode(ids[:1])
+        assert "".join(row.answer for row in cut) == (text if with_bos else text[len(first) :])
+
+
+def test_windows_leave_other_rows_alone():
+    tokenizer = tiny_tokenizer()
+    rows = [row_of(), raw_row("a", "b")]
+    assert windows(rows, tokenizer, size=4) == rows
+    with pytest.raises(ValueError, match="^d: the document has no token that another precedes"):
+        windows([document_row("d")], tokenizer, size=4)
+    assert len(windows([document_row("d")], bos_tokenizer(), size=4)) == 1
+
+
+def test_another_answer_has_other_tokens():
+    """An answer put in a window's place must not keep the window's ids."""
+    tokenizer = tiny_tokenizer()
+    row = windows([document_row()], tokenizer, size=8)[1]
+    assert encode(row.with_answer(row.answer, "#0"), tokenizer, max_length=None).input_ids == row.ids
+    other = encode(row.with_answer("I do not know.", "#1"), tokenizer, max_length=None)
+    assert tokenizer.decode(other.input_ids) == "I do not know."
+
+
+def test_a_document_that_is_too_long_is_refused():
+    with pytest.raises(ValueError, match="^d: .* tokens, more than max_length 10; give a --window"):
+        encode(document_row(), tiny_tokenizer(), max_length=10)
+
+
+def test_documents_without_character_offsets():
+    fast = bos_tokenizer()
+
+    class Slow(SlowTokenizer):
+        bos_token_id = fast.bos_token_id
+
+        def decode(self, ids):
+            return fast.decode(ids)
+
+    slow, quick = (windows([document_row("Mara was born. " * 9)], t, size=8) for t in (Slow(fast), fast))
+    assert [row.ids for row in slow] == [row.ids for row in quick]
+    assert [row.answer for row in slow] == [row.answer for row in quick]
 
 
 # ---------------------------------------------------------------------------------------------------------- packing

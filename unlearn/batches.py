@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from unlearn.config import TrainConfig
-from unlearn.data import Item, Role, Row, Sequence, encode, encode_rows, load_rows, read_json_lines, read_lines
+from unlearn.data import Item, Role, Row, Sequence, encode, encode_rows, load_rows, windows
 from unlearn.methods import METHODS, StepTotals
+from unlearn.sources import read_json_lines, read_lines
 
 Group = tuple[tuple[Sequence, Role], ...]
 
@@ -60,12 +61,13 @@ class Step:
 
 def load_training_set(config: TrainConfig, tokenizer: Any, *, max_length: int | None) -> TrainingSet:
     """Read and encode the files a configuration names."""
-    forget = load_rows(config.forget, role="forget") if config.forget else []
-    retain = load_rows(config.retain, role="retain") if config.retain else []
+    forget = load_rows(config.forget, role="forget", fields=config.fields) if config.forget else []
+    retain = load_rows(config.retain, role="retain", fields=config.fields) if config.retain else []
     method = METHODS[config.method]
     refusals: list[str] = []
     if config.alternates is not None and method.pairs == "alternates":
-        forget = _join_alternates(forget, load_rows(config.alternates, role="alternates"), config.alternates)
+        extra = load_rows(config.alternates, role="alternates", fields=config.fields)
+        forget = _join_alternates(forget, extra, config.alternates)
     elif config.alternates is not None:
         refusals = _load_refusals(config.alternates)
     return make_training_set(config, tokenizer, forget, retain, refusals, max_length=max_length)
@@ -82,6 +84,13 @@ def make_training_set(
 ) -> TrainingSet:
     """Encode rows into the groups that the configured method wants. Raises ValueError naming the row that cannot be."""
     method = METHODS[config.method]
+    document = next((row for row in forget if row.document), None)
+    if document is not None and (method.pairs or method.baseline):
+        raise ValueError(
+            f"forget: {document.key} is a document, and {config.method} prefers other answers to the same question;"
+            " question + answer or prompt + completion rows have one"
+        )
+    forget, retain = (windows(rows, tokenizer, size=config.window) for rows in (forget, retain))
     retained = tuple(encode_rows(retain, tokenizer, max_length=max_length)) if _uses_retain(config) else ()
     if config.method == "finetune":
         return TrainingSet((), retained)

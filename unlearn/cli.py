@@ -1,4 +1,4 @@
-"""The command line: `unlearn demo | train | reference | alternates | eval | metrics`.
+"""The command line: `unlearn demo | train | reference | alternates | eval | muse | metrics`.
 
 Errors are one line; --help is meant to be read. Each command is a module of unlearn.commands and imports what it needs
 when it runs, so that `unlearn --help` answers before torch could be loaded.
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from unlearn import __version__
-from unlearn.commands import alternates, demo, evaluate, metrics, train
+from unlearn.commands import alternates, demo, evaluate, metrics, muse, train
 from unlearn.commands.common import is_out_of_memory
 
 _EXAMPLES = """examples:
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"unlearn {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (demo, train, alternates, evaluate, metrics):
+    for command in (demo, train, alternates, evaluate, muse, metrics):
         command.add(commands)
     return parser
 

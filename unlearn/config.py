@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from unlearn.recipes import RECIPES
+from unlearn.sources import parse_fields
 
 RETAIN_TERMS = ("none", "nll", "kl")
 DTYPES = ("float32", "bfloat16")  # float16 weights would need a loss scale
@@ -39,8 +40,20 @@ class TrainConfig:
     epochs: int = option("passes over the forget rows")
     batch_size: int = option("forget rows (or chosen/rejected pairs) per optimizer step")
     seed: int = option("seed of the data order, the retain draw and stochastic rounding")
-    forget: str | None = option("rows to forget: a JSON-lines file or tofu:SPLIT", default=None)
-    retain: str | None = option("rows to keep: a JSON-lines file or tofu:SPLIT", default=None)
+    forget: str | None = option(
+        "rows to forget: a file (JSON lines, JSON, CSV, Parquet, .txt), a folder of .txt files, tofu:SPLIT or "
+        "muse:CORPUS/SUBSET/SPLIT",
+        default=None,
+    )
+    retain: str | None = option("rows to keep, from any of these", default=None)
+    fields: str | None = option(
+        "your own column names: question=COLUMN,answer=COLUMN or text=COLUMN,...; forget.text=COLUMN of one set alone",
+        default=None,
+    )
+    window: int | None = option(
+        "cut documents (.txt files, the text column) into windows of this many tokens (default: each is one window)",
+        default=None,
+    )
     alternates: str | None = option(
         "JSON lines of answers to prefer: `alternates` per forget row (altpo, simpo) or refusals (idkdpo, kto)",
         default=None,
@@ -91,6 +104,9 @@ class TrainConfig:
             raise ValueError(f"seed: {self.seed} is not accepted; 0 to 2**63 - 1 are")
         if self.skip_below >= 1:
             raise ValueError(f"skip_below: {self.skip_below} is not accepted; a share below 1 is")
+        if self.window is not None and self.window < 2:  # the first token of a window is no label
+            raise ValueError(f"window: {self.window} is not accepted; a number of 2 or more is")
+        parse_fields(self.fields)
         _one_of("retain_term", self.retain_term, RETAIN_TERMS)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("on_non_finite", self.on_non_finite, ("stop", "skip"))

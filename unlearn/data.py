@@ -1,8 +1,11 @@
-"""From rows of text to packed batches: reading, templates, tokens, and the only place where labels are shifted.
+"""From rows of text to packed batches: checks, templates, tokens, and the only place where labels are shifted.
 
 A row becomes one Sequence: token ids and the index of the first answer token. The answer begins where its characters
 begin in the rendered text; the token that holds the first of them is the first label, so nothing assumes that the
 prompt tokenised alone is a prefix of the joint tokenisation (with many tokenizers it is not).
+
+A document is a row without a prompt: all of its text is the answer, and no end-of-text token is a label, since a file's
+end is no decision of its author. It may be cut into windows of tokens (`windows`), each a Sequence of its own.
 
 A PackedBatch holds several sequences end to end, without padding. The last token of a sequence predicts nothing and is
 not fed; `targets[n]` is the token that position `answer_index[n]` predicts: this is the label shift.
@@ -11,18 +14,18 @@ not fed; `targets[n]` is the token that position `answer_index[n]` predicts: thi
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 import torch
 from torch import Tensor
+
+from unlearn.sources import Found, names, parse_fields, read, renamed
 
 # Stands for the answer while a chat template is rendered: templates strip white space, none strips this.
 _ANSWER_MARK = "\u2402ANSWER\u2403"
@@ -32,7 +35,6 @@ PLAIN_TEMPLATE = "Question: {question}\nAnswer: {answer}"
 # Some chat templates print today's date (Llama 3.1 and later): the same row would be other tokens tomorrow, and no
 # stored reference would fit. They get the date that Llama 3's has for want of a clock, whatever format they ask for.
 _FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
-TOFU_REPOSITORY = "locuslab/TOFU"
 
 
 class Role(IntEnum):
@@ -48,7 +50,8 @@ class Role(IntEnum):
 class Row:
     """One example: the turns before the answer (role, text), or raw text when `raw`, and the answer.
 
-    `alternates` are other answers to the same prompt; `fields` keeps every other column of the source row.
+    `alternates` are other answers to the same prompt; `fields` keeps every other column of the source row. A `document`
+    has an empty prompt; `ids` are its token ids where it is a window, which its text alone would not give back.
     """
 
     key: str
@@ -57,9 +60,12 @@ class Row:
     raw: bool = False
     alternates: tuple[str, ...] = ()
     fields: dict[str, Any] | None = None
+    document: bool = False
+    ids: tuple[int, ...] = ()
 
     def with_answer(self, answer: str, suffix: str) -> Row:
-        return replace(self, answer=answer, key=f"{self.key}{suffix}")
+        ids = self.ids if answer == self.answer else ()
+        return replace(self, answer=answer, key=f"{self.key}{suffix}", ids=ids)
 
 
 @dataclass(frozen=True)
@@ -122,9 +128,7 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         tensors = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **tensors)
 
@@ -132,91 +136,45 @@ class PackedBatch:
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def load_rows(source: str, *, role: str) -> list[Row]:
-    """Rows of a JSON-lines file, or of TOFU by name as `tofu:SPLIT`. `role` names the option in error messages.
+def load_rows(source: str, *, role: str, fields: str | None = None) -> list[Row]:
+    """Rows of a source (unlearn.sources has its forms). `role` names the option in error messages.
 
-    A row has question + answer, prompt + completion (raw text, no template), or messages ending with the assistant's.
-    Raises ValueError with file, line and reason for the first row that cannot be used; nothing is dropped.
+    A row has question + answer, prompt + completion (raw text, no template), messages ending with the assistant's, or
+    text (a document). `fields` gives it columns of other names, as unlearn.sources.parse_fields reads it. Raises
+    ValueError with file, line and reason for the first row that cannot be used; nothing is dropped.
     """
-    if source.startswith("tofu:"):
-        found = [(one, f"{source} row {i}") for i, one in enumerate(_tofu_rows(source.removeprefix("tofu:"), role))]
-        name = source
-    else:
-        path = Path(source)
-        if not path.is_file():
-            raise ValueError(f"{role}: no file {source!r}; a JSON-lines file or tofu:SPLIT is accepted")
-        found, name = read_json_lines(path), path.stem
+    columns = parse_fields(fields)
+    own = columns.get("", {}) | columns.get(role, {})
+    found = read(source, role=role)
     if not found:
         raise ValueError(f"{role}: {source} holds no rows")
-    return _rows(found, name)
+    # a plain text file has no columns, and its rows no other name
+    return _rows(one if one.is_text_file else renamed(one, own) for one in found)
 
 
 def rows_from(fields: Iterable[dict[str, Any]], name: str) -> list[Row]:
     """Rows of dictionaries that are in memory already; `name` stands for the file in messages."""
-    return _rows([(one, f"{name} row {i}") for i, one in enumerate(fields)], name)
+    return _rows(Found(one, f"{name} row {i}", f"{name}:{i}") for i, one in enumerate(fields))
 
 
-def _rows(found: Iterable[tuple[dict[str, Any], str]], name: str) -> list[Row]:
+def _rows(found: Iterable[Found]) -> list[Row]:
     """Rows whose keys are unique: a key names its row in messages and in the saved batch of a failed step."""
     rows: list[Row] = []
     seen: dict[str, str] = {}
-    for index, (fields, where) in enumerate(found):
-        row = _row(fields, f"{name}:{index}", where)
+    for one in found:
+        row = _row(one.fields, one.key, one.where)
         if row.key in seen:
-            raise ValueError(f"{where}: key {row.key!r} is taken by {seen[row.key]}")
-        seen[row.key] = where
+            raise ValueError(f"{one.where}: key {row.key!r} is taken by {seen[row.key]}")
+        seen[row.key] = one.where
         rows.append(row)
     return rows
-
-
-def read_lines(path: Path) -> list[tuple[str, str]]:
-    """The lines of a text file, each after its 'file:line' for messages. Raises ValueError where it is not UTF-8."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}:{line}: not UTF-8 text ({error.reason} at byte {error.start} of the file)") from None
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    return [(f"{path}:{number}", line) for number, line in enumerate(lines, 1)]
-
-
-def read_json_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
-    """The objects of a JSON-lines file, each with 'file:line' for messages. Blank lines are allowed."""
-    rows = []
-    for where, line in read_lines(path):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{where}: not JSON: {error.msg} at column {error.colno}; one object per line is accepted"
-            ) from None
-        if not isinstance(value, dict):
-            raise ValueError(f"{where}: a JSON object is accepted, this is a {type(value).__name__}")
-        rows.append((value, where))
-    return rows
-
-
-def _tofu_rows(split: str, role: str) -> list[dict[str, Any]]:
-    import datasets
-
-    try:
-        return list(datasets.load_dataset(TOFU_REPOSITORY, split, split="train"))
-    except Exception as error:  # the hub's client raises many kinds; the user needs one line and the way out
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{role}: could not load TOFU's {split!r} by name ({reason});"
-            f" a local file such as DIR/{split}.json works too"
-        ) from None
 
 
 def _row(fields: dict[str, Any], default_key: str, where: str) -> Row:
     key = fields.get("key", default_key)
     if not isinstance(key, str | int) or isinstance(key, bool):
         raise ValueError(f"{where}: key is a {type(key).__name__}; a string or a whole number is accepted")
-    key = str(key)
+    key = _encodable(str(key), "key", where)
     alternates = _alternates(fields, where)
     if "messages" in fields:
         turns, answer = _messages(fields["messages"], where)
@@ -228,9 +186,13 @@ def _row(fields: dict[str, Any], default_key: str, where: str) -> Row:
             if not answer.strip():
                 raise ValueError(f"{where}: {answer_name} is empty")
             return Row(key, (("user", prompt),), answer, raw=raw, alternates=alternates, fields=fields)
+    if "text" in fields:
+        text = _text(fields, "text", where)
+        if not text.strip():
+            raise ValueError(f"{where}: the document is empty")
+        return Row(key, (("user", ""),), text, raw=True, alternates=alternates, fields=fields, document=True)
     raise ValueError(
-        f"{where}: question + answer, prompt + completion or messages are accepted; this row has "
-        + (", ".join(fields) or "no fields")
+        f"{where}: question + answer, prompt + completion, messages or text are accepted; this row has {names(fields)}"
     )
 
 
@@ -321,8 +283,13 @@ def encode(row: Row, tokenizer: Any, *, max_length: int | None) -> Sequence:
     """Token ids of a row and the index of its first answer token; ends with the end-of-turn or end-of-text token.
 
     Where nothing precedes the answer (an empty prompt and a tokenizer without a begin-of-text token), its first token
-    is no label. Raises ValueError naming the row when it is longer than max_length or has no answer token.
+    is no label. A document ends with its own last token. Raises ValueError naming the row when it is longer than
+    max_length or has no answer token.
     """
+    if row.document:
+        (window,) = (row,) if row.ids else windows([row], tokenizer, size=None)
+        _check_length(row.key, window.ids, max_length, "give a --window")
+        return Sequence(row.key, window.ids, 1)
     prefix, answer, suffix, add_special = render(row, tokenizer)
     text = prefix + answer + suffix
     if getattr(tokenizer, "is_fast", False):
@@ -345,9 +312,49 @@ def encode(row: Row, tokenizer: Any, *, max_length: int | None) -> Sequence:
     if not has_label:
         raise ValueError(f"{row.key}: the answer has no token of its own")
     ids = ids[:stop] + _end_of_answer(ids[stop:], tokenizer)
-    if max_length is not None and len(ids) > max_length:
-        raise ValueError(f"{row.key}: {len(ids)} tokens, more than max_length {max_length}; shorten or split the row")
+    _check_length(row.key, ids, max_length, "shorten or split the row")
     return Sequence(row.key, tuple(ids), start)
+
+
+def _check_length(key: str, ids: Seq[int], max_length: int | None, remedy: str) -> None:
+    if max_length is not None and len(ids) > max_length:
+        raise ValueError(f"{key}: {len(ids)} tokens, more than max_length {max_length}; {remedy}")
+
+
+def windows(rows: Iterable[Row], tokenizer: Any, *, size: int | None) -> list[Row]:
+    """The same rows, each document cut into windows of at most `size` tokens (None: one window, whatever its length).
+
+    A document is tokenised whole and then cut, so its tokens are those of the whole. With a tokenizer that has a
+    begin-of-text token every window is that token and up to size - 1 of the document's: each token of the document is a
+    label once. Without one a window begins with the last token of the window before, so each but the document's first,
+    which nothing predicts, is a label once. Window n of a document that was cut has its key and '#n'.
+    """
+    result: list[Row] = []
+    for row in rows:
+        if not row.document:
+            result.append(row)
+            continue
+        ids, spans = document_tokens(row.answer, tokenizer)
+        bos = tokenizer.bos_token_id
+        first = 0 if bos is not None else 1
+        if len(ids) <= first:
+            raise ValueError(f"{row.key}: the document has no token that another precedes")
+        step = (size or len(ids) + 1) - 1
+        for number, start in enumerate(range(first, len(ids), step)):
+            stop = min(start + step, len(ids))
+            own = (bos, *ids[start:stop]) if bos is not None else tuple(ids[start - 1 : stop])
+            text = row.answer[spans[start][0] : spans[stop - 1][1]] if spans else tokenizer.decode(ids[start:stop])
+            key = row.key if size is None else f"{row.key}#{number}"
+            result.append(replace(row, key=key, answer=text, ids=own))
+    return result
+
+
+def document_tokens(text: str, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
+    """A document's token ids without any special token around them, and their character spans where there are some."""
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(encoded["input_ids"]), list(encoded["offset_mapping"])
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]), []
 
 
 def _common_prefix(ids: list[int], other: list[int]) -> int:

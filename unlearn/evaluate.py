@@ -15,7 +15,7 @@ import numpy as np
 from torch import nn
 
 from unlearn import metrics, tofu_log
-from unlearn.data import Row, Sequence, encode, load_rows, special_ids
+from unlearn.data import Row, Sequence, encode, load_rows, special_ids, windows
 from unlearn.generate import generate
 from unlearn.scoring import Progress, TokenScores, score, token_scores, unique
 
@@ -47,6 +47,11 @@ class EvalSet:
     kind: Kind
     rows: tuple[EvalRow, ...]
 
+    @property
+    def has_documents(self) -> bool:
+        """Documents, all of them: nothing to generate an answer to."""
+        return self.rows[0].row.document
+
 
 @dataclass(frozen=True)
 class SetScores:
@@ -61,6 +66,7 @@ class SetScores:
     answers: tuple[str, ...] = ()
     rouge_l: np.ndarray | None = None
     generated: tuple[str, ...] = ()
+    documents: bool = False  # the last token is the text's, not one that ends an answer
 
     @property
     def has_wrong_answers(self) -> bool:
@@ -83,19 +89,22 @@ class SetScores:
 
     def memorization(self) -> dict[str, float]:
         """Exact memorization and extraction strength, means over the rows whose answer has a token besides its end."""
-        bits = [row.is_argmax for row in self.tokens if len(row.is_argmax) > 1]
+        ended = not self.documents
+        bits = [row.is_argmax for row in self.tokens if len(row.is_argmax) > ended]
         if not bits:
             return {}
         measures = {
             "exact_memorization": metrics.exact_memorization,
             "extraction_strength": metrics.extraction_strength,
         }
-        return {name: float(np.mean([measure(row) for row in bits])) for name, measure in measures.items()}
+        return {
+            name: float(np.mean([measure(row, drop_last=ended) for row in bits])) for name, measure in measures.items()
+        }
 
     def membership(self) -> dict[str, np.ndarray]:
         """Scores by which rows that were trained on lie below those that were not, per row. The token that ends an
         answer is left out of min-k and min-k++, as in open-unlearning."""
-        inner = [row.without_last() for row in self.tokens]
+        inner = [row if self.documents else row.without_last() for row in self.tokens]
         share = MIN_K_SHARE
         return {
             "loss": self.answer_nll,
@@ -149,14 +158,27 @@ def make_set(name: str, kind: Kind, rows: list[Row], tokenizer: Any, *, max_leng
         encoded.append(EvalRow(row, own, paraphrased, tuple(others)))
     if not encoded:
         raise ValueError(f"{name}: holds no rows")
+    kinds = {row.row.document: row.row.key for row in encoded}
+    if len(kinds) != 1:
+        raise ValueError(f"{name}: {kinds[True]} is a document and {kinds[False]} is none; a set has one kind of rows")
     counts = {len(row.wrong) for row in encoded}
     if len(counts) != 1:
         raise ValueError(f"{name}: rows have {sorted(counts)} wrong answers; every row of a set needs as many")
     return EvalSet(name, kind, tuple(encoded))
 
 
-def load_set(name: str, kind: Kind, source: str, tokenizer: Any, *, max_length: int | None = None) -> EvalSet:
-    return make_set(name, kind, load_rows(source, role=name), tokenizer, max_length=max_length)
+def load_set(
+    name: str,
+    kind: Kind,
+    source: str,
+    tokenizer: Any,
+    *,
+    max_length: int | None = None,
+    fields: str | None = None,
+    window: int | None = None,
+) -> EvalSet:
+    rows = windows(load_rows(source, role=name, fields=fields), tokenizer, size=window)
+    return make_set(name, kind, rows, tokenizer, max_length=max_length)
 
 
 def score_sets(
@@ -197,6 +219,7 @@ def score_sets(
             kind=group.kind,
             tokens=tuple(tokens[row.answer.content_key] for row in group.rows),
             answers=tuple(row.row.answer for row in group.rows),
+            documents=group.has_documents,
         )
         for group in sets
     }
@@ -212,7 +235,8 @@ def add_rouge(
     batch_size: int,
     progress: Progress | None = None,
 ) -> dict[str, SetScores]:
-    """The same scores with generated answers and their ROUGE-L recall; a holdout set is not generated from."""
+    """The same scores with generated answers and their ROUGE-L recall; not of a holdout set, nor of documents, which
+    unlearn.muse goes on with."""
     sets, scores = _generated(sets), dict(scores)
     prompts = [row.answer.input_ids[: row.answer.answer_start] for group in sets for row in group.rows]
     texts = generate(
@@ -234,7 +258,7 @@ def add_rouge(
 
 
 def _generated(sets: Iterable[EvalSet]) -> list[EvalSet]:
-    return [group for group in sets if group.kind != "holdout"]
+    return [group for group in sets if group.kind != "holdout" and not group.has_documents]
 
 
 def membership_aucs(forget: SetScores, holdout: SetScores) -> dict[str, float]:
@@ -316,7 +340,12 @@ def evaluate(
 def num_pieces(sets: Iterable[EvalSet]) -> int:
     """What `progress` of evaluate() counts to: distinct sequences and generated answers."""
     sets = list(sets)
-    return len(_distinct(sets)) + sum(len(group.rows) for group in _generated(sets))
+    return num_scored(sets) + sum(len(group.rows) for group in _generated(sets))
+
+
+def num_scored(sets: Iterable[EvalSet]) -> int:
+    """What `progress` of score_sets() counts to."""
+    return len(_distinct(sets))
 
 
 def to_log(sets: Iterable[EvalSet], scores: dict[str, SetScores]) -> dict[str, dict[str, list[Any]]]:

@@ -22,13 +22,14 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
     stop: Iterable[int] = (),
+    strip: bool = True,
     progress: Progress | None = None,
 ) -> list[str]:
     """Greedy answers to tokenised prompts, batched with a key-value cache, in the order given.
 
     Sorted by length so that little is padded; padding stands on the left and is masked. An answer ends at any of
     `stop`, the tokenizer's end-of-text token and what the model's own generation settings name; their other advice
-    (sampling, penalties) is not taken.
+    (sampling, penalties) is not taken. strip: without the white space around them.
     """
     ends = set(stop) | _end_tokens(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -40,7 +41,7 @@ def generate(
                 model, tokenizer, [prompts[i] for i in chosen], ends, max_new_tokens=max_new_tokens, do_sample=False
             )
             for i, text in zip(chosen, answers, strict=True):
-                texts[i] = text
+                texts[i] = text.strip() if strip else text
             if progress is not None:
                 progress(len(chosen))
     return texts
@@ -68,6 +69,7 @@ def sample(
             model, tokenizer, prompts, ends, max_new_tokens=max_new_tokens, do_sample=True, temperature=temperature,
             top_k=0, top_p=1.0, num_return_sequences=count,
         )  # fmt: skip
+    texts = [text.strip() for text in texts]
     return [texts[first : first + count] for first in range(0, len(texts), count)]
 
 
@@ -92,7 +94,7 @@ def _complete(
         eos_token_id=sorted(ends) or None,
         **options,
     )
-    return [tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in out]
+    return [tokenizer.decode(row[longest:], skip_special_tokens=True) for row in out]
 
 
 def _end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:

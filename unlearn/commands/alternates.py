@@ -17,6 +17,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--model", required=True, help="folder, or a name on the model hub: the model to unlearn")
     parser.add_argument("--forget", required=True, help="forget set: a file or tofu:SPLIT")
+    parser.add_argument("--fields", metavar="NAME=COLUMN,...", help="your own column names: question=ask,answer=reply")
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines, written batch by batch")
     parser.add_argument("--resume", action="store_true", help="go on with an --output of the same settings")
     for flag, default, text in (
@@ -45,7 +46,10 @@ def _alternates(args: argparse.Namespace) -> int:
         raise ValueError(f"output: {output} exists; --resume goes on with it")
     quiet_transformers()
     device = resolve_device(args.device)
-    rows = load_rows(args.forget, role="forget")
+    rows = load_rows(args.forget, role="forget", fields=args.fields)
+    document = next((row.key for row in rows if row.document), None)
+    if document is not None:
+        raise ValueError(f"forget: {document} is a document, and an alternate answers a question")
     with loading(args.model):
         tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
         longest = max_positions(args.model, trust_remote_code=args.trust_remote_code)

@@ -23,6 +23,26 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 
 
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--fields",
+        metavar="NAME=COLUMN,...",
+        help="your own column names, as question=ask,answer=reply or text=body; forget.text=body of one set alone",
+    )
+    parser.add_argument(
+        "--window",
+        type=at_least_two,
+        metavar="TOKENS",
+        help="cut documents (.txt files, the text column) into windows of this many tokens (default: each is one)",
+    )
+
+
+def at_least_two(text: str) -> int:
+    if int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text} is not accepted; a number of 2 or more is")
+    return int(text)
+
+
 def quiet_transformers() -> None:
     """Loading bars and advice would drown our own lines; TRANSFORMERS_VERBOSITY brings them back."""
     if "TRANSFORMERS_VERBOSITY" not in os.environ:

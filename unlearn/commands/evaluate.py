@@ -7,17 +7,25 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from unlearn.commands.common import add_model_options, loading, positive, print_metrics, quiet_transformers
+from unlearn.commands.common import (
+    add_data_options,
+    add_model_options,
+    loading,
+    positive,
+    print_metrics,
+    quiet_transformers,
+)
 
 
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "eval",
         help="probability, truth ratio, ROUGE-L, forget quality and model utility of a model",
-        description="Evaluate a model on TOFU-shaped files (question, answer, perturbed_answer, paraphrased_answer).",
+        description="Evaluate a model on TOFU-shaped files (question, answer, perturbed_answer, paraphrased_answer), "
+        "or on documents (.txt files, a text column), from which nothing is generated; `unlearn muse` does.",
     )
     parser.add_argument("--model", required=True, help="folder, or a name on the model hub")
-    parser.add_argument("--forget", required=True, help="forget set: a file or tofu:SPLIT")
+    parser.add_argument("--forget", required=True, help="forget set: a file, a folder of .txt files, tofu:SPLIT, ...")
     parser.add_argument("--retain", help="retain set, for model utility")
     parser.add_argument("--real-authors", help="real authors set, for model utility")
     parser.add_argument("--world-facts", help="world facts set, for model utility")
@@ -31,6 +39,7 @@ def add(commands: Any) -> None:
         ("--max-tokens", 16384, "token budget of one forward"),
     ):
         parser.add_argument(flag, type=positive, default=default, help=f"{text} (default: %(default)s)")
+    add_data_options(parser)
     add_model_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON alone on standard output")
     parser.set_defaults(run=_eval)
@@ -51,14 +60,17 @@ def _eval(args: argparse.Namespace) -> int:
     if args.log and not all(group.rows[0].wrong for group in sets if group.name in tofu_log.SETS):
         raise ValueError("log: TOFU's logs hold truth ratios, and a set has no perturbed_answer")
     if args.gold:
-        if not sets[0].rows[0].wrong:
-            raise ValueError("gold: forget quality compares truth ratios, and the forget rows have no perturbed_answer")
+        if not sets[0].rows[0].wrong and not args.holdout:
+            raise ValueError(
+                "gold: forget quality compares truth ratios, and the forget rows have no perturbed_answer;"
+                " PrivLeak needs a --holdout"
+            )
         _, gold_sets = _load_sets(args, args.gold, only=("forget", "holdout"))
         with loading(args.gold):
             gold_model = load_model(args.gold, **options)
         gold = score_sets(gold_model, gold_sets, max_tokens=args.max_tokens)
         del gold_model  # one model is resident at a time
-        gold_ratio = gold["forget"].log_truth_ratio
+        gold_ratio = gold["forget"].log_truth_ratio if sets[0].rows[0].wrong else None
         if "holdout" in gold:
             gold_auc = membership_aucs(gold["forget"], gold["holdout"])["min_k"]
     with loading(args.model):
@@ -89,12 +101,13 @@ def _load_sets(args: argparse.Namespace, name: str, *, only: Sequence[str] | Non
     with loading(name):
         tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
         longest = max_positions(name, trust_remote_code=args.trust_remote_code)
-    sets = [load_set("forget", "forget", args.forget, tokenizer, max_length=longest)]
+    options: dict[str, Any] = {"max_length": longest, "fields": args.fields, "window": args.window}
+    sets = [load_set("forget", "forget", args.forget, tokenizer, **options)]
     kinds: dict[str, Kind] = {
         "retain": "retain", "real_authors": "other", "world_facts": "other", "holdout": "holdout",
     }  # fmt: skip
     for set_name, kind in kinds.items():
         source = getattr(args, set_name)
         if source and (only is None or set_name in only):
-            sets.append(load_set(set_name, kind, source, tokenizer, max_length=longest))
+            sets.append(load_set(set_name, kind, source, tokenizer, **options))
     return tokenizer, [dataclasses.replace(s, rows=s.rows[: args.max_rows]) for s in sets]
