@@ -1,15 +1,18 @@
 """MUSE's metrics: what they ask of the model, what they make of what it says, and the command that prints them."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from tests.test_cli import refused
 from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer, write_rows
 from unlearn import cli, muse
 from unlearn.data import Row, load_rows, rows_from
-from unlearn.evaluate import make_set, membership_aucs, score_sets
+from unlearn.evaluate import SetScores, make_set, membership_aucs, score_sets
 from unlearn.metrics import auc, min_k, privleak
+from unlearn.scoring import TokenScores
 
 TEXTS = [
     "Odo Fenn won the Prize of Lanterns in his ninth year, and Mara Quill was born in the town of Arvel, by the river.",
@@ -185,10 +188,15 @@ def test_privleak_counts_every_token_of_a_document():
     own = auc(lowest["forget"], lowest["holdout"])
     assert values == {"mia_min_k_auc": own, "privleak": privleak(own, gold)}
     assert membership_aucs(scores["forget"], scores["holdout"])["min_k"] == own
-    # a document that is recited to its last token is memorised whole: there is no end token to leave out
-    greedy = scores["forget"]
-    bits = [row.is_argmax for row in greedy.tokens]
-    assert greedy.memorization()["exact_memorization"] == pytest.approx(sum(b.mean() for b in bits) / len(bits))
+
+
+def test_the_last_token_of_a_document_counts():
+    """There is no end token to leave out of what is memorised."""
+    tokens = TokenScores(np.full(4, -1.0), np.array([False, False, False, True]), np.zeros(4), np.ones(4))
+    nll = np.ones(1)
+    scores = SetScores(nll, nll, np.empty((1, 0)), "forget", (tokens,), ("a b c d",), documents=True)
+    assert scores.memorization() == {"exact_memorization": 0.25, "extraction_strength": 0.25}
+    assert replace(scores, documents=False).memorization() == {"exact_memorization": 0.0, "extraction_strength": 0.0}
 
 
 def test_a_set_has_one_kind_of_rows():
@@ -273,6 +281,8 @@ def test_mistakes(files, tmp_path, capsys):
         ({"data": "news"}, "data: 'news' is not accepted"),
         ({"data": "muse:news"}, "could not load 'muse:news/privleak/forget' from the hub's muse-bench/MUSE-News"),
         ({"forget": files / "qa.jsonl"}, "verbmem: qa:0 is a question"),
+        ({"forget": "/nowhere"}, "forget: no file '/nowhere'; a file (.jsonl,"),
+        ({"verbmem": "/nowhere"}, "verbmem: no file '/nowhere'; a file (.jsonl,"),
         ({"forget_shots": files / "qa.jsonl", **forget}, "forget_shots: given, but without --forget-qa"),
         ({"holdout": files / "holdout", "verbmem": files / "forget"}, "holdout: given, but without --forget"),
         ({"gold": files / "gold", **forget}, "gold: PrivLeak compares the forget documents with a --holdout"),

@@ -344,7 +344,11 @@ def _muse_rows(source: str, role: str) -> list[Found]:
 def _hub_rows(source: str, role: str, repository: str, subset: str, split: str) -> list[Found]:
     """A data set of the hub by name. `datasets` runs no loading script since its version 4."""
     import datasets
+    from huggingface_hub.utils import logging
 
+    # its retries where there is no network would stand before the one line below
+    if "HF_HUB_VERBOSITY" not in os.environ:
+        logging.set_verbosity_error()
     try:
         rows = list(datasets.load_dataset(repository, subset, split=split))
     except Exception as error:  # the hub's client raises many kinds; the user needs one line and the way out

@@ -120,7 +120,11 @@ def _load_sets(args: argparse.Namespace, where: dict[str, str], name: str) -> tu
         longest = max_positions(name, trust_remote_code=args.trust_remote_code)
 
     def rows(group: str) -> list[Row]:
-        return load_rows(where[group], role=group, fields=args.fields) if group in where else []
+        if group not in where:
+            return []
+        # the option that was given, for messages and --fields
+        role = "forget" if group == "verbmem" and args.verbmem is None and args.data is None else group
+        return load_rows(where[group], role=role, fields=args.fields)
 
     def first(many: tuple[Any, ...]) -> tuple[Any, ...]:
         return many[: args.max_rows]
