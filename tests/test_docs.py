@@ -34,7 +34,7 @@ def desk(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_llama(max_position_embeddings=4096, initializer_range=0.05).save_pretrained("blank")
     tiny_tokenizer().save_pretrained("blank")
-    learn = "--method finetune --retain [dk]*/*.txt --lr 1e-2 --epochs 30 --batch-size 4 --warmup-epochs 1 --seed 0"
+    learn = "--method finetune --retain [dk]*/*.txt --lr 1e-2 --epochs 60 --batch-size 4 --warmup-epochs 1 --seed 0"
     assert cli.main(["train", "--model", "blank", "--output", "learnt", *learn.split()]) == 0
     Path("learnt", "model").rename("my-model")
 
@@ -43,7 +43,7 @@ def test_unlearn_my_documents(desk, capfd):
     """The page's commands in its order; what the model recites falls, what it is to keep does not."""
     printed = []
     commands = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
-    assert len(commands) == 6
+    assert len(commands) == 7
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "unlearn"
@@ -53,10 +53,11 @@ def test_unlearn_my_documents(desk, capfd):
         assert cli.main(arguments) == 0, command
         out = capfd.readouterr().out
         printed.append(json.loads(out) if "--json" in arguments else {})
-    before, _, _, after, scores, facts = printed
+    before, full, _, _, after, scores, facts = printed
     assert before["verbmem_f"] > 0.9 and before["mia_min_k_auc"] == 1.0
     assert after["verbmem_f"] < 0.5 * before["verbmem_f"]
-    assert scores["retain_logprob_per_token"] > -1 > scores["forget_logprob_per_token"]
+    assert full["forget_logprob_per_token"] > -0.5 and scores["forget_logprob_per_token"] < -1
+    assert scores["retain_logprob_per_token"] > full["retain_logprob_per_token"] - 0.5
     assert {"knowmem_f", "knowmem_r"} < facts.keys()
     # the file says what the command says, for another folder
     first, again = (Path(name, "metrics.jsonl").read_text().splitlines() for name in ("forgotten", "forgotten-again"))
