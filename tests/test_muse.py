@@ -308,6 +308,24 @@ def test_the_hubs_sets_and_what_replaces_them():
     assert privleak(1 - 0.4772, muse.GOLD_AUC["news"]) == pytest.approx(0.0)
 
 
+def test_the_published_auc_is_of_the_hubs_own_sets(files, capfd, monkeypatch):
+    """muse_bench's constant gives PrivLeak without a gold model, but not against other rows than it was measured on."""
+    rows = {
+        "verbmem": [{"prompt": "Odo", "gt": " Fenn"}],
+        "knowmem": QA,
+        "privleak": [{"text": text} for text in TEXTS],
+    }
+    monkeypatch.setattr("datasets.load_dataset", lambda repository, subset, split: rows[subset])
+    arguments = options(files, data="muse:books")
+    assert cli.main([*arguments, "--json"]) == 0
+    values = json.loads(capfd.readouterr().out)
+    assert values["privleak"] == pytest.approx(100 * (0.5 / 0.5393 - 1))  # the same rows twice: an AUC of a half
+    assert {"verbmem_f", "knowmem_f", "knowmem_r"} < values.keys()
+    for own in (["--holdout", str(files / "holdout")], ["--max-rows", "1"]):
+        assert cli.main([*arguments, *own, "--json"]) == 0
+        assert "privleak" not in json.loads(capfd.readouterr().out)
+
+
 def test_documents_have_no_other_answers(files, tmp_path, capsys):
     arguments = ["--model", str(files / "model"), "--forget", str(files / "forget"), "--output", str(tmp_path / "o")]
     assert "0.txt is a document, and an alternate answers a question" in refused(capsys, ["alternates", *arguments])

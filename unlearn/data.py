@@ -288,7 +288,7 @@ def encode(row: Row, tokenizer: Any, *, max_length: int | None) -> Sequence:
     """
     if row.document:
         (window,) = (row,) if row.ids else windows([row], tokenizer, size=None)
-        _check_length(row.key, window.ids, max_length, "give a --window")
+        _check_length(row.key, window.ids, max_length, f"give a --window of at most {max_length}")
         return Sequence(row.key, window.ids, 1)
     prefix, answer, suffix, add_special = render(row, tokenizer)
     text = prefix + answer + suffix

@@ -71,7 +71,9 @@ def _muse(args: argparse.Namespace) -> int:
         "trust_remote_code": args.trust_remote_code,
     }
     tokenizer, sets = _load_sets(args, where, args.model)
-    gold_auc = muse.GOLD_AUC[args.data.removeprefix("muse:")] if args.data else None
+    gold_auc = None
+    if args.data and not (args.forget or args.holdout or args.max_rows):  # the constants are of MUSE's own sets, whole
+        gold_auc = muse.GOLD_AUC[args.data.removeprefix("muse:")]
     if args.gold:
         only = {name: where[name] for name in ("forget", "holdout")}
         _, gold_sets = _load_sets(args, only, args.gold)
