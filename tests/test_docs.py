@@ -54,7 +54,8 @@ def test_unlearn_my_documents(desk, capfd):
         out = capfd.readouterr().out
         printed.append(json.loads(out) if "--json" in arguments else {})
     before, full, _, _, after, scores, facts = printed
-    assert before["verbmem_f"] > 0.9 and before["mia_min_k_auc"] == 1.0
+    # recited whole; the F1 is less since the model goes on where these short documents end
+    assert before["verbmem_f_recall"] > 0.9 and before["verbmem_f"] > 0.6 and before["mia_min_k_auc"] == 1.0
     assert after["verbmem_f"] < 0.5 * before["verbmem_f"]
     assert full["forget_logprob_per_token"] > -0.5 and scores["forget_logprob_per_token"] < -1
     assert scores["retain_logprob_per_token"] > full["retain_logprob_per_token"] - 0.5
