@@ -255,6 +255,8 @@ def test_mistakes_in_eval(files, tmp_path, capsys):
         ({"forget": "/nowhere"}, "forget: no file '/nowhere'"),
         ({"retain": "/nowhere"}, "retain: no file '/nowhere'"),
         ({"gold": "/nowhere"}, "/nowhere"),
+        ({"reference_model": "/nowhere", "holdout": files / "retain.jsonl"}, "/nowhere"),
+        ({"reference_model": files / "model"}, "reference-model: its losses tell forget rows from --holdout rows"),
         ({"device": "abacus"}, "device: 'abacus' is not available"),
         ({"dtype": "int8"}, "invalid choice: 'int8'"),
         ({"max_rows": 0}, "argument --max-rows: 0 is not accepted"),
@@ -412,8 +414,10 @@ def test_eval_of_a_gold_model_in_its_own_tokens(files, tmp_path, capfd):
 def test_eval_with_holdout_and_log_then_metrics(files, tmp_path, capfd):
     log, gold_log = tmp_path / "logs" / "own.json", tmp_path / "logs" / "gold.json"
     sets = {"retain": files / "retain.jsonl", "holdout": files / "retain.jsonl"}
-    assert cli.main(["eval", "--json", *eval_options(files, gold=files / "model", log=log, **sets)]) == 0
+    others = {"gold": files / "model", "reference_model": files / "model"}
+    assert cli.main(["eval", "--json", *eval_options(files, **others, log=log, **sets)]) == 0
     values = json.loads(capfd.readouterr().out)
+    assert 0 <= values["mia_reference_auc"] <= 1
     assert values["privleak"] == pytest.approx(0.0)  # the gold model is the model
     assert {"mia_loss_auc", "mia_min_k_plus_plus_auc", "forget_extraction_strength"} < values.keys()
     assert cli.main(["eval", *eval_options(files, log=gold_log, **sets)]) == 0
