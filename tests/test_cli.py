@@ -95,7 +95,7 @@ def finish(process):
 # ---------------------------------------------------------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "reference", "alternates", "eval", "metrics"])
+@pytest.mark.parametrize("command", ["", "demo", "train", "reference", "alternates", "eval", "metrics", "report"])
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command.split(), "--help"])
@@ -400,6 +400,42 @@ def test_eval(files, capfd):
     assert cli.main(["eval", "--json", *arguments, "--max-rows", "2"]) == 0
     fewer = json.loads(capfd.readouterr().out)
     assert fewer["forget_probability"] != values["forget_probability"]
+
+
+def test_evaluations_live_with_their_runs_and_a_report_finds_them(files, tmp_path, capfd):
+    run, page = tmp_path / "run", tmp_path / "page.html"
+    assert cli.main(["train", *options(files, run)]) == 0
+    capfd.readouterr()
+    sets = {"retain": files / "retain.jsonl", "gold": files / "model"}
+    assert cli.main(["eval", "--json", *eval_options(files, model=run / "model", max_rows=4, **sets)]) == 0
+    out, err = capfd.readouterr()
+    values = json.loads(out)
+    assert err.rpartition("\r")[2].strip() == f"stored in {run / 'eval.json'}"
+    stored = json.loads((run / "eval.json").read_text())
+    assert stored["metrics"] == values and stored["model"] == str(run / "model")
+    assert stored["sets"]["forget"]["rows"] == 4 and stored["options"]["max_rows"] == 4
+    assert stored["options"]["gold"] == str(files / "model") and stored["provenance"]["torch"] == torch.__version__
+    questions = [row["question"] for row in FORGET[:4]]
+    assert [sample["question"] for sample in stored["samples"]["forget"]] == questions
+    assert cli.main(["eval", *eval_options(files, output=tmp_path / "before", max_rows=4, **sets)]) == 0
+    before = json.loads((tmp_path / "before" / "eval.json").read_text())
+    assert before["run"] is None and before["sets"] == stored["sets"]
+    # an evaluation of another model does not go where the run's belongs
+    message = refused(capfd, ["eval", *eval_options(files, output=run)])
+    assert message.startswith(f"output: {run} holds the run of {run / 'model'}; an evaluation of")
+    assert "is a file; a folder is accepted" in refused(
+        capfd, ["eval", *eval_options(files, output=files / "forget.jsonl")]
+    )
+    assert cli.main(["report", str(run), "--before", str(tmp_path / "before"), "--output", str(page)]) == 0
+    assert capfd.readouterr().out.splitlines() == [f"{run}: finished", f"report: {page}"]
+    text = page.read_text()
+    assert FORGET[0]["question"] in text.replace("&#39;", "'") and "finished; not evaluated" not in text
+
+
+def test_an_evaluation_that_belongs_nowhere_is_not_stored(files, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["eval", "--json", *eval_options(files, max_rows=1)]) == 0
+    assert not list(tmp_path.iterdir()) and not list(files.rglob("eval.json"))
 
 
 def test_eval_of_a_gold_model_in_its_own_tokens(files, tmp_path, capfd):

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from unlearn.commands.common import add_model_options, loading, positive, print_metrics, quiet_transformers
+
+# what decides an evaluation's numbers beside the model and the rows
+_STORED_OPTIONS = ("gold", "reference_model", "max_rows", "max_new_tokens", "dtype", "device")
 
 
 def add(commands: Any) -> None:
@@ -24,6 +28,11 @@ def add(commands: Any) -> None:
     parser.add_argument("--holdout", help="text like the forget set's that no model has seen, for membership inference")
     parser.add_argument("--gold", help="model retrained without the forget set, for forget quality and PrivLeak")
     parser.add_argument("--reference-model", help="model that has not seen the forget set, for membership inference")
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="store metrics and sample answers as FOLDER/eval.json (default: in the run whose OUT/model this is)",
+    )
     parser.add_argument("--log", metavar="FILE", help="write a log in TOFU's format too (`unlearn metrics` reads it)")
     parser.add_argument("--max-rows", type=positive, help="use the first rows of each set alone (TOFU's tables: 300)")
     for flag, default, text in (
@@ -43,9 +52,12 @@ def _eval(args: argparse.Namespace) -> int:
     from unlearn import tofu_log
     from unlearn.evaluate import evaluate, num_pieces, to_log
     from unlearn.model import resolve_device
+    from unlearn.runfiles import provenance
+    from unlearn.runs import evaluation_folder, stored_form, write_evaluation
 
     quiet_transformers()
     device = resolve_device(args.device)
+    folder = evaluation_folder(args.model, args.output)
     tokenizer, sets = _load_sets(args, args.model)
     if args.log and not all(group.rows[0].wrong for group in sets if group.name in tofu_log.SETS):
         raise ValueError("log: TOFU's logs hold truth ratios, and a set has no perturbed_answer")
@@ -68,6 +80,13 @@ def _eval(args: argparse.Namespace) -> int:
         )
     if args.log:
         tofu_log.write(args.log, to_log(sets, result.sets))
+    if folder is not None:
+        sources = {group.name: getattr(args, group.name) for group in sets}
+        options = {name: getattr(args, name) for name in _STORED_OPTIONS}
+        where = provenance(model)
+        stored = stored_form(args.model, result, sets, sources=sources, options=options, provenance=where)
+        path = write_evaluation(folder, stored)
+        print(f"stored in {path}", file=sys.stderr)
     print_metrics(result.metrics, as_json=args.json)
     return 0
 
