@@ -118,8 +118,11 @@ def test_help(capsys, command):
         flags = {"alternates": ("--model", "--forget", "--output", "--resume", "--count", "--seed")}
         for flag in flags.get(command, ("--retain", "--mean", "--json", "LOG")):
             assert flag in out
+    elif command == "report":
+        for flag in ("--before", "--gold", "--output", "--title", "OUT"):
+            assert flag in out
     else:
-        commands = ("demo", "train", "reference", "alternates", "eval", "metrics")
+        commands = ("demo", "train", "reference", "alternates", "eval", "metrics", "report")
         for name in (*commands, "examples:", "unlearn train --recipe tofu-npo-rt"):
             assert name in out
 
