@@ -38,7 +38,7 @@ from unlearn.scoring import TokenScores, unique
 
 CPU = torch.device("cpu")
 SIZE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
-VOCAB, ROWS = 32000, 16
+VOCAB, ROWS = 32000, 12
 TINY_SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 TINY_VOCAB, TINY_ROWS = 400, 3
 WRONG, PROMPT = 5, 28

@@ -435,6 +435,17 @@ def test_evaluations_live_with_their_runs_and_a_report_finds_them(files, tmp_pat
     assert FORGET[0]["question"] in text.replace("&#39;", "'") and "finished; not evaluated" not in text
 
 
+def test_a_full_disk_costs_the_file_and_not_the_numbers(files, tmp_path, capfd, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("unlearn.runs.replacing", fail)
+    assert cli.main(["eval", "--json", *eval_options(files, max_rows=1, output=tmp_path / "before")]) == 1
+    out, err = capfd.readouterr()
+    assert "forget_probability" in json.loads(out)
+    assert err.rpartition("\r")[2].strip() == "unlearn: error: No space left on device"
+
+
 def test_an_evaluation_that_belongs_nowhere_is_not_stored(files, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["eval", "--json", *eval_options(files, max_rows=1)]) == 0

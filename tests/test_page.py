@@ -207,6 +207,7 @@ def test_a_damaged_metrics_file_is_one_line(tmp_path, capsys, damage, message):
         (lambda text: text.replace('"date"', '"day"'), "unexpected keyword argument 'day'"),
         (lambda text: text.replace("0.37", '"much"'), "a number is expected where 'much' stands"),
         (lambda text: text.replace('"generated"', '"said"'), "a sample lacks a field"),
+        (lambda text: text.replace('"source"', '"file"'), "a set lacks a field"),
         (lambda text: "[]", "not an evaluation"),
     ],
 )

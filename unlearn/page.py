@@ -55,6 +55,12 @@ class Subject:
     def metrics(self) -> dict[str, float]:
         return self.run.evaluation.metrics if self.run.evaluation else {}
 
+    @property
+    def method(self) -> str:
+        """The method with its retain term, "" without a run."""
+        terms = (self.run.config.get("method"), self.run.config.get("retain_term"))
+        return " + ".join(str(term) for term in terms if term not in (None, "none"))
+
 
 def write_page(
     path: str | os.PathLike[str], runs: Sequence[Run], *, before: Run | None, gold: Run | None, title: str

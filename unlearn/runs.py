@@ -157,10 +157,14 @@ def read_evaluation(path: Path) -> StoredEvaluation:
                 raise ValueError(f"an object is expected where {part!r:.40} stands")
         for value in stored.metrics.values():
             _number(value)
+        for described in stored.sets.values():
+            if not {"kind", "source", "rows", "digest"} <= described.keys():
+                raise ValueError("a set lacks a field")
         for sample in (one for group in stored.samples.values() for one in group):
-            if not {"question", "answer", "generated", "probability"} <= sample.keys():
+            if not all(isinstance(sample.get(field), str) for field in ("question", "answer", "generated")):
                 raise ValueError("a sample lacks a field")
-    except (ValueError, TypeError, AttributeError) as error:
+            _number(sample["probability"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: not an evaluation as `unlearn eval` writes it ({error})") from None
     return stored
 

@@ -78,16 +78,18 @@ def _eval(args: argparse.Namespace) -> int:
             batch_size=args.generation_batch,
             progress=bar.update,
         )
-    if args.log:
-        tofu_log.write(args.log, to_log(sets, result.sets))
-    if folder is not None:
-        sources = {group.name: getattr(args, group.name) for group in sets}
-        options = {name: getattr(args, name) for name in _STORED_OPTIONS}
-        where = provenance(model)
-        stored = stored_form(args.model, result, sets, sources=sources, options=options, provenance=where)
-        path = write_evaluation(folder, stored)
-        print(f"stored in {path}", file=sys.stderr)
-    print_metrics(result.metrics, as_json=args.json)
+    try:
+        if args.log:
+            tofu_log.write(args.log, to_log(sets, result.sets))
+        if folder is not None:
+            sources = {group.name: getattr(args, group.name) for group in sets}
+            options = {name: getattr(args, name) for name in _STORED_OPTIONS}
+            where = provenance(model)
+            stored = stored_form(args.model, result, sets, sources=sources, options=options, provenance=where)
+            path = write_evaluation(folder, stored)
+            print(f"stored in {path}", file=sys.stderr)
+    finally:  # a full disk costs the files and not the numbers
+        print_metrics(result.metrics, as_json=args.json)
     return 0
 
 
