@@ -138,10 +138,11 @@ def compared(found: Evaluation | str, ours: Evaluation | str, dtype: torch.dtype
     pairs = [
         (getattr(found.sets[group], name), getattr(ours.sets[group], name)) for group in ours.sets for name in names
     ]
-    nll = max(float(np.abs(theirs - own).max(initial=0)) for theirs, own in pairs)
-    metric = max(abs(found.metrics[name] - value) for name, value in ours.metrics.items())
+    # numpy's maximum of a NaN is NaN; Python's depends on the order
+    nll = float(np.max([np.abs(theirs - own).max(initial=0) for theirs, own in pairs]))
+    metric = float(np.max([abs(found.metrics[name] - value) for name, value in ours.metrics.items()]))
     fields: Fields = {"nll_difference": nll, "metric_difference": metric}
-    worst = max(nll, metric) if dtype == torch.float32 else nll
+    worst = np.maximum(nll, metric) if dtype == torch.float32 else nll
     return fields if worst <= ALLOWED[dtype] else fields | {"refused": True}  # a NaN is refused too
 
 

@@ -153,7 +153,7 @@ def test_an_evaluation_of_other_rows_or_another_run_is_not_passed_off(tmp_path):
     )
     one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two", evaluated=other_rows)
     page, _ = page_of(tmp_path, one, two)
-    assert "two was evaluated on other rows of forget than one: not comparable there." in page.texts
+    assert "two was evaluated on other rows of forget than one: not comparable." in page.texts
     assert "two was evaluated with another dtype than one." in page.texts
     # the run was done again in the same folder
     redone = (one / "metrics.jsonl").read_text().replace('"beta": 0.1', '"beta": 0.2')

@@ -167,9 +167,10 @@ def _warnings(subjects: Sequence[Subject]) -> Iterable[str]:
         assert first is not None and this is not None
         for name in sorted({*first.sets, *this.sets}):
             theirs, own = (one.sets.get(name, {}).get("digest") for one in (first, this))
-            if theirs != own:
-                what = "other rows of" if theirs and own else "another choice of sets:"
-                yield f"{subject.name} was evaluated on {what} {name} than {evaluated[0].name}: not comparable there."
+            if theirs and own and theirs != own:
+                yield f"{subject.name} was evaluated on other rows of {name} than {evaluated[0].name}: not comparable."
+            elif theirs != own:
+                yield f"{name}: only one of {subject.name} and {evaluated[0].name} was evaluated on it."
         changed = [key for key in {**first.options, **this.options} if first.options.get(key) != this.options.get(key)]
         if changed:
             yield f"{subject.name} was evaluated with another {', '.join(changed)} than {evaluated[0].name}."
