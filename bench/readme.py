@@ -137,6 +137,27 @@ def schedules_table() -> str:
     )
 
 
+def evaluation_table() -> str:
+    """Rows per second of an evaluation's likelihood metrics, a line per dtype and way of doing it."""
+    rows = [row for row in read("evaluation") if row["case"] == "evaluation" and not row["tiny"]]
+    if not rows:
+        return "No rows yet: `python -m bench.evaluation` makes `bench/results/evaluation.jsonl`."
+    lines = [["dtype", "likelihood metrics from", "rows/s", "units", "sequences fed", "peak MiB", "NLL differs by"],
+             ["---", "---", *["---:"] * 5]]  # fmt: skip
+    for row in rows:
+        speed = ["refused" if "refused" in row else "failed", ""]
+        if "ms" in row:
+            speed = [f"{row['rows_per_second']:.1f}", f"{row['units']:.1f}"]
+        peak = "" if row.get("peak_mib") is None else f"{row['peak_mib']:.0f}"
+        differs = f"{row['nll_difference']:.1e}" if "nll_difference" in row else ""
+        lines.append([row["dtype"], row["provider"], *speed, str(row["sequences"]), peak, differs])
+    first = rows[0]
+    shape = ", ".join(f"{letter} = {size}" for letter, size in first["shape"].items())
+    return (
+        _markdown(lines) + _source("evaluation", rows) + f" {first['rows']} forget and as many holdout rows; {shape}."
+    )
+
+
 def gpu_kernels_table() -> str:
     return _gpu_table("gpu_kernels", ("forward", "full", "frozen"))
 
@@ -222,6 +243,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu_table,
     "cpu-peers": cpu_peers_table,
     "cpu-memory": cpu_memory_table,
+    "evaluation": evaluation_table,
     "schedules": schedules_table,
     "gpu-kernels": gpu_kernels_table,
     "gpu-peers": gpu_peers_table,

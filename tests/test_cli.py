@@ -92,10 +92,12 @@ def finish(process):
     return process.returncode, out.decode(), err.decode()
 
 
+COMMANDS = ("demo", "train", "reference", "alternates", "eval", "muse", "metrics", "report")
+
 # ---------------------------------------------------------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "reference", "alternates", "eval", "muse", "metrics"])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command.split(), "--help"])
@@ -121,9 +123,11 @@ def test_help(capsys, command):
         flags = {"alternates": ("--model", "--forget", "--output", "--resume", "--count", "--seed")}
         for flag in flags.get(command, ("--retain", "--mean", "--json", "LOG")):
             assert flag in out
+    elif command == "report":
+        for flag in ("--before", "--gold", "--output", "--title", "OUT"):
+            assert flag in out
     else:
-        commands = ("demo", "train", "reference", "alternates", "eval", "muse", "metrics")
-        for name in (*commands, "examples:", "unlearn train --recipe tofu-npo-rt"):
+        for name in (*COMMANDS, "examples:", "unlearn train --recipe tofu-npo-rt"):
             assert name in out
 
 
@@ -258,6 +262,8 @@ def test_mistakes_in_eval(files, tmp_path, capsys):
         ({"forget": "/nowhere"}, "forget: no file '/nowhere'"),
         ({"retain": "/nowhere"}, "retain: no file '/nowhere'"),
         ({"gold": "/nowhere"}, "/nowhere"),
+        ({"reference_model": "/nowhere", "holdout": files / "retain.jsonl"}, "/nowhere"),
+        ({"reference_model": files / "model"}, "reference-model: its losses tell forget rows from --holdout rows"),
         ({"device": "abacus"}, "device: 'abacus' is not available"),
         ({"dtype": "int8"}, "invalid choice: 'int8'"),
         ({"max_rows": 0}, "argument --max-rows: 0 is not accepted"),
@@ -403,6 +409,53 @@ def test_eval(files, capfd):
     assert fewer["forget_probability"] != values["forget_probability"]
 
 
+def test_evaluations_live_with_their_runs_and_a_report_finds_them(files, tmp_path, capfd):
+    run, page = tmp_path / "run", tmp_path / "page.html"
+    assert cli.main(["train", *options(files, run)]) == 0
+    capfd.readouterr()
+    sets = {"retain": files / "retain.jsonl", "gold": files / "model"}
+    assert cli.main(["eval", "--json", *eval_options(files, model=run / "model", max_rows=4, **sets)]) == 0
+    out, err = capfd.readouterr()
+    values = json.loads(out)
+    assert err.rpartition("\r")[2].strip() == f"stored in {run / 'eval.json'}"
+    stored = json.loads((run / "eval.json").read_text())
+    assert stored["metrics"] == values and stored["model"] == str(run / "model")
+    assert stored["sets"]["forget"]["rows"] == 4 and stored["options"]["max_rows"] == 4
+    assert stored["options"]["gold"] == str(files / "model") and stored["provenance"]["torch"] == torch.__version__
+    questions = [row["question"] for row in FORGET[:4]]
+    assert [sample["question"] for sample in stored["samples"]["forget"]] == questions
+    assert cli.main(["eval", *eval_options(files, output=tmp_path / "before", max_rows=4, **sets)]) == 0
+    before = json.loads((tmp_path / "before" / "eval.json").read_text())
+    assert before["run"] is None and before["sets"] == stored["sets"]
+    # an evaluation of another model does not go where the run's belongs
+    message = refused(capfd, ["eval", *eval_options(files, output=run)])
+    assert message.startswith(f"output: {run} holds the run of {run / 'model'}; an evaluation of")
+    assert "is a file; a folder is accepted" in refused(
+        capfd, ["eval", *eval_options(files, output=files / "forget.jsonl")]
+    )
+    assert cli.main(["report", str(run), "--before", str(tmp_path / "before"), "--output", str(page)]) == 0
+    assert capfd.readouterr().out.splitlines() == [f"{run}: finished", f"report: {page}"]
+    text = page.read_text()
+    assert FORGET[0]["question"] in text.replace("&#39;", "'") and "finished; not evaluated" not in text
+
+
+def test_a_full_disk_costs_the_file_and_not_the_numbers(files, tmp_path, capfd, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("unlearn.runs.replacing", fail)
+    assert cli.main(["eval", "--json", *eval_options(files, max_rows=1, output=tmp_path / "before")]) == 1
+    out, err = capfd.readouterr()
+    assert "forget_probability" in json.loads(out)
+    assert err.rpartition("\r")[2].strip() == "unlearn: error: No space left on device"
+
+
+def test_an_evaluation_that_belongs_nowhere_is_not_stored(files, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["eval", "--json", *eval_options(files, max_rows=1)]) == 0
+    assert not list(tmp_path.iterdir()) and not list(files.rglob("eval.json"))
+
+
 def test_eval_of_a_gold_model_in_its_own_tokens(files, tmp_path, capfd):
     """Another tokenizer, the same text: the gold model is not fed the unlearned model's ids."""
     gold = tmp_path / "gold"
@@ -415,8 +468,10 @@ def test_eval_of_a_gold_model_in_its_own_tokens(files, tmp_path, capfd):
 def test_eval_with_holdout_and_log_then_metrics(files, tmp_path, capfd):
     log, gold_log = tmp_path / "logs" / "own.json", tmp_path / "logs" / "gold.json"
     sets = {"retain": files / "retain.jsonl", "holdout": files / "retain.jsonl"}
-    assert cli.main(["eval", "--json", *eval_options(files, gold=files / "model", log=log, **sets)]) == 0
+    others = {"gold": files / "model", "reference_model": files / "model"}
+    assert cli.main(["eval", "--json", *eval_options(files, **others, log=log, **sets)]) == 0
     values = json.loads(capfd.readouterr().out)
+    assert 0 <= values["mia_reference_auc"] <= 1
     assert values["privleak"] == pytest.approx(0.0)  # the gold model is the model
     assert {"mia_loss_auc", "mia_min_k_plus_plus_auc", "forget_extraction_strength"} < values.keys()
     assert cli.main(["eval", *eval_options(files, log=gold_log, **sets)]) == 0

@@ -12,7 +12,9 @@ from tests.tiny import LLAMA3_TEMPLATE, tiny_llama, tiny_tokenizer, write_rows
 from unlearn import metrics, tofu_log
 from unlearn.data import rows_from
 from unlearn.evaluate import (
+    Yardsticks,
     add_rouge,
+    answer_nll,
     evaluate,
     generate,
     load_set,
@@ -116,7 +118,9 @@ def test_membership_and_memorization_equal_the_naive_computation(model, tokenize
     unseen = [{"question": f"Where is {name} now?", "answer": f"{name} lives in Dorn, far away."} for name in PEOPLE]
     sets = [*make_sets(tokenizer), make_set("holdout", "holdout", rows_from(unseen, "holdout"), tokenizer)]
     scores = score_sets(model, sets, max_tokens=100)
-    values = summarize(scores, scores["forget"].log_truth_ratio, gold_min_k_auc=0.25).metrics
+    other = tiny_llama(seed=3)
+    ref = answer_nll(other, [sets[0], sets[-1]], max_tokens=100)
+    values = summarize(scores, Yardsticks(scores["forget"].log_truth_ratio, 0.25, ref)).metrics
     naive = {}
     for group in (sets[0], sets[-1]):
         rows = [[column[:-1] for column in naive_tokens(model, row.answer)] for row in group.rows]
@@ -129,10 +133,11 @@ def test_membership_and_memorization_equal_the_naive_computation(model, tokenize
             "zlib": loss / [len(zlib.compress(text.encode())) for text in texts],
             "min_k": np.array([-values.mean() for values in lowest]),
             "min_k_plus_plus": np.array([-values.mean() for values in ratio]),
+            "reference": loss - [naive_nll(other, row.answer) for row in group.rows],
         }
         if group.kind == "forget":
             assert values["forget_exact_memorization"] == pytest.approx(np.mean([row[1].mean() for row in rows]))
-    for name in ("loss", "zlib", "min_k", "min_k_plus_plus"):
+    for name in ("loss", "zlib", "min_k", "min_k_plus_plus", "reference"):
         known, unknown = naive["forget"][name], naive["holdout"][name]
         auc = np.mean([(u > k) + 0.5 * (u == k) for u in unknown for k in known])
         assert values[f"mia_{name}_auc"] == pytest.approx(auc)
@@ -148,7 +153,7 @@ def test_a_log_says_what_the_evaluation_said(model, tokenizer, tmp_path):
     gold = add_rouge(tiny_llama(seed=3), tokenizer, sets, gold, max_new_tokens=6, batch_size=4)
     for name, found in (("own", scores), ("gold", gold)):
         tofu_log.write(tmp_path / name, to_log(sets, found))
-    expected = summarize(scores, gold["forget"].log_truth_ratio).metrics
+    expected = summarize(scores, Yardsticks(gold["forget"].log_truth_ratio)).metrics
     read = tofu_log.summary(tofu_log.read(tmp_path / "own"), tofu_log.read(tmp_path / "gold"))
     shared = expected.keys() & read.keys()
     assert len(shared) == 11 and {name: read[name] for name in shared} == pytest.approx(
@@ -213,7 +218,7 @@ def test_sets_without_wrong_answers_have_the_other_metrics():
     bare = [{key: row[key] for key in ("question", "answer")} for row in ROWS]
     sets = [make_set(kind, kind, rows_from(bare, kind), tokenizer) for kind in ("forget", "retain")]
     options = {"max_tokens": 200, "max_new_tokens": 3, "batch_size": 4}
-    found = evaluate(model, tokenizer, sets, gold_log_truth_ratio=None, **options).metrics
+    found = evaluate(model, tokenizer, sets, **options).metrics
     assert {"forget_probability", "forget_rouge_l", "retain_probability", "retain_rouge_l"} <= set(found)
     assert not [name for name in found if "truth_ratio" in name or name == "forget_quality"]
 
@@ -324,7 +329,7 @@ def test_evaluate_and_its_terms(model, tokenizer):
     gold = score_sets(tiny_llama(seed=3), sets[:1], max_tokens=1000)["forget"].log_truth_ratio
     done = []
     options = {"max_tokens": 1000, "max_new_tokens": 6, "batch_size": 3}
-    found = evaluate(model, tokenizer, sets, gold_log_truth_ratio=gold, progress=done.append, **options)
+    found = evaluate(model, tokenizer, sets, yardsticks=Yardsticks(gold), progress=done.append, **options)
     assert sum(done) == num_pieces(sets)
     values = found.metrics
     assert json.loads(json.dumps(values, allow_nan=False)) == values
@@ -345,7 +350,7 @@ def test_evaluate_and_its_terms(model, tokenizer):
     assert values["forget_rouge_l"] == pytest.approx(metrics.rouge_l_recall(forget.generated, texts).mean())
     assert len(forget.generated) == 4 and len(found.sets["world"].generated) == 5
     again = evaluate(
-        model, tokenizer, sets, gold_log_truth_ratio=gold, **{**options, "batch_size": 100, "max_tokens": 50}
+        model, tokenizer, sets, yardsticks=Yardsticks(gold), **{**options, "batch_size": 100, "max_tokens": 50}
     )
     assert again.metrics == pytest.approx(values, rel=1e-4)
     assert again.sets["retain"].generated == found.sets["retain"].generated
@@ -353,19 +358,21 @@ def test_evaluate_and_its_terms(model, tokenizer):
 
 def test_without_generation_or_gold(model):
     sets = make_sets(tiny_tokenizer())
-    values = summarize(score_sets(model, sets, max_tokens=1000), None).metrics
+    values = summarize(score_sets(model, sets, max_tokens=1000)).metrics
     assert not any("rouge" in name or name == "forget_quality" for name in values)
     terms = {
         k: v for k, v in values.items() if k.split("_")[0] in ("retain", "world") and k.endswith(("bility", "ratio"))
     }
     assert len(terms) == 4 and values["model_utility"] == pytest.approx(metrics.model_utility(terms))
-    assert "model_utility" not in summarize(score_sets(model, sets[:1], max_tokens=1000), None).metrics
+    assert "model_utility" not in summarize(score_sets(model, sets[:1], max_tokens=1000)).metrics
 
 
 def test_a_model_evaluated_against_itself_has_quality_one(model):
     sets = make_sets(tiny_tokenizer())[:1]
     scores = score_sets(model, sets, max_tokens=1000)
-    assert summarize(scores, scores["forget"].log_truth_ratio).metrics["forget_quality"] == pytest.approx(1.0)
+    assert summarize(scores, Yardsticks(scores["forget"].log_truth_ratio)).metrics["forget_quality"] == pytest.approx(
+        1.0
+    )
 
 
 @pytest.mark.parametrize("size", [1e3, 1e6])
@@ -380,7 +387,7 @@ def test_a_collapsed_model_has_finite_metrics(size):
     gold = score_sets(tiny_llama(seed=3), sets[:1], max_tokens=1000)["forget"].log_truth_ratio
     with np.errstate(all="raise", under="ignore"):
         found = evaluate(
-            model, tokenizer, sets, gold_log_truth_ratio=gold, max_tokens=1000, max_new_tokens=4, batch_size=8
+            model, tokenizer, sets, yardsticks=Yardsticks(gold), max_tokens=1000, max_new_tokens=4, batch_size=8
         )
     assert found.sets["forget"].answer_nll.min() > 100
     assert all(np.isfinite(value) for value in found.metrics.values())

@@ -84,6 +84,30 @@ def test_log_fields_may_be_lists_and_rows_come_in_index_order(tmp_path, logs):
         assert tofu_log.read(tmp_path / "log.json") == logs["full"]
 
 
+def test_a_log_of_lists_says_what_one_of_dictionaries_says(tmp_path):
+    """Some codes write a list per field, the wrong answers' losses as lists in it; no published log is needed here."""
+    random = np.random.default_rng(0)
+    lists = {}
+    for file in tofu_log.SETS.values():
+        wrong = random.uniform(2, 5, (12, 3)).tolist()
+        own, right, rouge = (random.uniform(*span, 12).tolist() for span in ((0, 2), (1, 4), (0, 1)))
+        lists[file] = {"avg_gt_loss": own, "avg_paraphrased_loss": right, "average_perturb_loss": wrong,
+                       "rougeL_recall": rouge}  # fmt: skip
+    dictionaries = {
+        file: {field: {str(i): values[i] for i in reversed(range(12))} for field, values in fields.items()}
+        for file, fields in lists.items()
+    }
+    read = []
+    for name, log in (("lists", lists), ("dictionaries", dictionaries)):
+        (tmp_path / name).write_text(json.dumps(log))
+        read.append(tofu_log.read(tmp_path / name))
+    found = [tofu_log.summary(log, read[0]) for log in read]
+    assert found[0] == found[1] and found[0]["forget_quality"] == pytest.approx(1.0)
+    fields = lists["eval_log_forget.json"]
+    ratio = np.exp(np.array(fields["avg_paraphrased_loss"]) - np.mean(fields["average_perturb_loss"], axis=1))
+    assert found[0]["truth_ratio"] == pytest.approx(np.minimum(ratio, 1 / ratio).mean())
+
+
 @pytest.mark.parametrize("text", ["{}", "[1]", "not json", '{"eval_log.json": 3}'])
 def test_another_file_is_refused_by_name(tmp_path, text):
     path = tmp_path / "other.json"

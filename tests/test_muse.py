@@ -10,7 +10,7 @@ from tests.test_cli import refused
 from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer, write_rows
 from unlearn import cli, muse
 from unlearn.data import Row, load_rows, rows_from
-from unlearn.evaluate import SetScores, make_set, membership_aucs, score_sets
+from unlearn.evaluate import MEMBERSHIP, SetScores, make_set, membership_auc, score_sets
 from unlearn.metrics import auc, min_k, privleak
 from unlearn.scoring import TokenScores
 
@@ -184,10 +184,10 @@ def test_privleak_counts_every_token_of_a_document():
         for text, tokens in zip(texts[name], group.tokens, strict=True):
             assert len(tokens.logprob) == len(tokenizer(text)["input_ids"]) - 1
     lowest = {name: [min_k(row.logprob, share=0.4) for row in s.tokens] for name, s in scores.items()}
-    assert scores["forget"].membership()["min_k"] == pytest.approx(lowest["forget"])
+    assert MEMBERSHIP["min_k"](scores["forget"]) == pytest.approx(lowest["forget"])
     own = auc(lowest["forget"], lowest["holdout"])
     assert values == {"mia_min_k_auc": own, "privleak": privleak(own, gold)}
-    assert membership_aucs(scores["forget"], scores["holdout"])["min_k"] == own
+    assert membership_auc("min_k", scores["forget"], scores["holdout"]) == own
 
 
 def test_the_last_token_of_a_document_counts():

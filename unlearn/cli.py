@@ -1,4 +1,4 @@
-"""The command line: `unlearn demo | train | reference | alternates | eval | muse | metrics`.
+"""The command line: `unlearn demo | train | reference | alternates | eval | muse | metrics | report`.
 
 Errors are one line; --help is meant to be read. Each command is a module of unlearn.commands and imports what it needs
 when it runs, so that `unlearn --help` answers before torch could be loaded.
@@ -13,14 +13,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from unlearn import __version__
-from unlearn.commands import alternates, demo, evaluate, metrics, muse, train
+from unlearn.commands import alternates, demo, evaluate, metrics, muse, report, train
 from unlearn.commands.common import is_out_of_memory
 
 _EXAMPLES = """examples:
   unlearn demo                                     the whole story on an invented corpus, no download
   unlearn train --recipe tofu-npo-rt --model ./my-model --output out \\
                 --forget forget.jsonl --retain retain.jsonl
-  unlearn eval --model out/model --forget forget_perturbed.json --retain retain_perturbed.json"""
+  unlearn eval --model out/model --forget forget_perturbed.json --retain retain_perturbed.json
+  unlearn report out --output report.html"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"unlearn {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (demo, train, alternates, evaluate, muse, metrics):
+    for command in (demo, train, alternates, evaluate, muse, metrics, report):
         command.add(commands)
     return parser
 

@@ -25,7 +25,7 @@ from unlearn import corpus
 from unlearn.batches import make_training_set, num_steps_per_epoch
 from unlearn.config import TrainConfig
 from unlearn.data import Row
-from unlearn.evaluate import EvalSet, Evaluation, evaluate, num_pieces, score_sets, summarize
+from unlearn.evaluate import EvalSet, Evaluation, Yardsticks, evaluate, num_pieces, score_sets, summarize
 from unlearn.model import load_model, prepare, resolve_device
 from unlearn.report import console_table, write_report
 from unlearn.tasks import Task, invented_task, spread, tofu_task
@@ -174,7 +174,8 @@ class Demo:
 
     def look(self, model: nn.Module, gold_ratio: np.ndarray, step: int) -> dict[str, float]:
         """A point of a trajectory: the smaller sets, log-likelihoods alone."""
-        found = summarize(score_sets(model, self.small, max_tokens=MAX_TOKENS), gold_ratio).metrics
+        scores = score_sets(model, self.small, max_tokens=MAX_TOKENS)
+        found = summarize(scores, Yardsticks(log_truth_ratio=gold_ratio)).metrics
         return {
             "step": step,
             "forget_logprob_per_token": found["forget_logprob_per_token"],
@@ -208,16 +209,14 @@ class Demo:
                 model,
                 self.tokenizer,
                 self.sets,
-                gold_log_truth_ratio=gold_ratio,
+                yardsticks=Yardsticks(log_truth_ratio=gold_ratio),
                 max_tokens=MAX_TOKENS,
                 max_new_tokens=self.task.max_new_tokens,
                 batch_size=GENERATION_BATCH,
                 progress=bar.update,
             )
 
-    def results(
-        self, models: list[dict[str, Any]], chosen: dict[str, Any], where: dict[str, Any]
-    ) -> dict[str, Any]:
+    def results(self, models: list[dict[str, Any]], chosen: dict[str, Any], where: dict[str, Any]) -> dict[str, Any]:
         """What results.json holds."""
         task = self.task
         return {

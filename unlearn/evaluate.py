@@ -7,7 +7,7 @@ definitions are in unlearn.metrics; TOFU (Maini et al. 2024, arXiv:2401.06121) i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -101,19 +101,10 @@ class SetScores:
             name: float(np.mean([measure(row, drop_last=ended) for row in bits])) for name, measure in measures.items()
         }
 
-    def membership(self) -> dict[str, np.ndarray]:
-        """Scores by which rows that were trained on lie below those that were not, per row. The token that ends an
-        answer is left out of min-k and min-k++, as in open-unlearning."""
-        inner = [row if self.documents else row.without_last() for row in self.tokens]
-        share = MIN_K_SHARE
-        return {
-            "loss": self.answer_nll,
-            "zlib": np.array([metrics.zlib_ratio(*pair) for pair in zip(self.answer_nll, self.answers, strict=True)]),
-            "min_k": np.array([metrics.min_k(row.logprob, share=share) for row in inner]),
-            "min_k_plus_plus": np.array(
-                [metrics.min_k_plus_plus(row.logprob, row.mean, row.variance, share=share) for row in inner]
-            ),
-        }
+    def inner(self) -> list[TokenScores]:
+        """Token statistics without the token that ends an answer, as open-unlearning's min-k and min-k++; documents end
+        in none."""
+        return [row if self.documents else row.without_last() for row in self.tokens]
 
     def utility_terms(self, name: str) -> dict[str, float]:
         """The set's terms of model utility: probability, truth ratio given wrong answers, ROUGE-L if generated."""
@@ -123,6 +114,23 @@ class SetScores:
         if self.rouge_l is not None:
             terms[f"{name}_rouge_l"] = float(self.rouge_l.mean())
         return terms
+
+
+@dataclass(frozen=True)
+class Yardsticks:
+    """What other models say of the same sets; None leaves out the metrics that need it.
+
+    log_truth_ratio [n]: the forget set's under the gold model, retrained without it, for forget quality. min_k_auc: the
+    gold model's between the forget and the holdout set, for PrivLeak. answer_nll [n] by set: average NLL of the forget
+    and the holdout set's answers under a reference model, for membership inference.
+    """
+
+    log_truth_ratio: np.ndarray | None = None
+    min_k_auc: float | None = None
+    answer_nll: dict[str, np.ndarray] | None = None
+
+
+NO_YARDSTICKS = Yardsticks()
 
 
 @dataclass(frozen=True)
@@ -200,13 +208,9 @@ def score_sets(
     }
     # paraphrased and wrong answers count by their sums alone
     others = [sequence for sequence in _distinct(sets) if sequence.content_key not in tokens]
-    sums = [(sequence, float(tokens[sequence.content_key].logprob.sum())) for sequence in answers]
-    sums += zip(others, score(model, others, max_tokens=max_tokens, progress=progress) if others else [], strict=True)
-    nll: dict[str, float] = {}
-    for sequence, value in sums:
-        if not math.isfinite(value):
-            raise ValueError(f"model: the log-likelihood of {sequence.key} is {value}; such a model has no metrics")
-        nll[sequence.content_key] = -value / sequence.num_answer_tokens
+    nll = _average_nll(answers, (float(tokens[sequence.content_key].logprob.sum()) for sequence in answers))
+    if others:
+        nll |= _average_nll(others, score(model, others, max_tokens=max_tokens, progress=progress))
 
     def average(sequences: Iterable[Sequence]) -> np.ndarray:
         return np.array([nll[s.content_key] for s in sequences])
@@ -261,34 +265,60 @@ def _generated(sets: Iterable[EvalSet]) -> list[EvalSet]:
     return [group for group in sets if group.kind != "holdout" and not group.has_documents]
 
 
-def membership_aucs(forget: SetScores, holdout: SetScores) -> dict[str, float]:
-    """AUC of each membership score, forget rows against holdout rows: above 0.5 where the forget rows are known."""
-    known, unknown = forget.membership(), holdout.membership()
-    return {name: metrics.auc(known[name], unknown[name]) for name in known}
+def answer_nll(
+    model: nn.Module, sets: Iterable[EvalSet], *, max_tokens: int, progress: Progress | None = None
+) -> dict[str, np.ndarray]:
+    """Average NLL of each set's answers [n], nats per token: all that is asked of a reference model."""
+    sets = list(sets)
+    answers = unique(row.answer for group in sets for row in group.rows)
+    nll = _average_nll(answers, score(model, answers, max_tokens=max_tokens, progress=progress))
+    return {group.name: np.array([nll[row.answer.content_key] for row in group.rows]) for group in sets}
 
 
-def _membership_metrics(
-    forget: SetScores, scores: dict[str, SetScores], gold_min_k_auc: float | None
-) -> dict[str, float]:
-    holdout = next((s for s in scores.values() if s.kind == "holdout"), None)
-    if holdout is None:
+def _average_nll(sequences: list[Sequence], logprobs: Iterable[float]) -> dict[str, float]:
+    """content_key -> nats per token. Raises ValueError where the model says NaN or inf."""
+    nll: dict[str, float] = {}
+    for sequence, value in zip(sequences, logprobs, strict=True):
+        if not math.isfinite(value):
+            raise ValueError(f"model: the log-likelihood of {sequence.key} is {value}; such a model has no metrics")
+        nll[sequence.content_key] = -value / sequence.num_answer_tokens
+    return nll
+
+
+# Scores [n] by which rows that were trained on lie below those that were not.
+MEMBERSHIP: dict[str, Callable[[SetScores], np.ndarray]] = {
+    "loss": lambda s: s.answer_nll,
+    "zlib": lambda s: np.array([metrics.zlib_ratio(*pair) for pair in zip(s.answer_nll, s.answers, strict=True)]),
+    "min_k": lambda s: np.array([metrics.min_k(row.logprob, share=MIN_K_SHARE) for row in s.inner()]),
+    "min_k_plus_plus": lambda s: np.array(
+        [metrics.min_k_plus_plus(row.logprob, row.mean, row.variance, share=MIN_K_SHARE) for row in s.inner()]
+    ),
+}
+
+
+def membership_auc(name: str, forget: SetScores, holdout: SetScores) -> float:
+    """AUC of the score MEMBERSHIP[name], forget rows against holdout rows: above 0.5 where forget rows are known."""
+    return metrics.auc(MEMBERSHIP[name](forget), MEMBERSHIP[name](holdout))
+
+
+def _membership_metrics(scores: dict[str, SetScores], yardsticks: Yardsticks) -> dict[str, float]:
+    """AUCs of the forget against the holdout set, where there is one, and what other models' say of them."""
+    by_kind = {s.kind: (name, s) for name, s in scores.items()}
+    if "holdout" not in by_kind:
         return {}
-    aucs = membership_aucs(forget, holdout)
-    values = {f"mia_{name}_auc": value for name, value in aucs.items()}
-    if gold_min_k_auc is not None:
-        values["privleak"] = metrics.privleak(aucs["min_k"], gold_min_k_auc)
+    (forget_name, forget), (holdout_name, holdout) = by_kind["forget"], by_kind["holdout"]
+    values = {f"mia_{name}_auc": membership_auc(name, forget, holdout) for name in MEMBERSHIP}
+    if (ref := yardsticks.answer_nll) is not None:
+        values["mia_reference_auc"] = metrics.auc(
+            forget.answer_nll - ref[forget_name], holdout.answer_nll - ref[holdout_name]
+        )
+    if yardsticks.min_k_auc is not None:
+        values["privleak"] = metrics.privleak(values["mia_min_k_auc"], yardsticks.min_k_auc)
     return values
 
 
-def summarize(
-    scores: dict[str, SetScores], gold_log_truth_ratio: np.ndarray | None, gold_min_k_auc: float | None = None
-) -> Evaluation:
-    """The run's table row: forget-set metrics, forget quality against the gold model, utility over the other sets.
-
-    gold_log_truth_ratio [n]: the forget set's log truth ratios under the model retrained without it; None leaves forget
-    quality out. gold_min_k_auc: that model's AUC of min-k between the forget and the holdout set; None leaves PrivLeak
-    out, and no holdout set all of membership inference.
-    """
+def summarize(scores: dict[str, SetScores], yardsticks: Yardsticks = NO_YARDSTICKS) -> Evaluation:
+    """The run's table row: forget-set metrics, forget quality against the gold model, utility over the other sets."""
     values: dict[str, float] = {}
     terms: dict[str, float] = {}
     for name, s in scores.items():
@@ -297,12 +327,13 @@ def summarize(
             values["forget_logprob_per_token"] = float(-s.answer_nll.mean())
             if s.has_wrong_answers:
                 values["truth_ratio"] = metrics.forget_truth_ratio_score(s.truth_ratio)
-            if gold_log_truth_ratio is not None:
-                values["forget_quality"] = metrics.forget_quality(s.log_truth_ratio, gold_log_truth_ratio).p_value
+            if yardsticks.log_truth_ratio is not None:
+                test = metrics.forget_quality(s.log_truth_ratio, yardsticks.log_truth_ratio)
+                values["forget_quality"] = test.p_value
             if s.rouge_l is not None:
                 values["forget_rouge_l"] = float(s.rouge_l.mean())
             values |= {f"forget_{name}": value for name, value in s.memorization().items()}
-            values |= _membership_metrics(s, scores, gold_min_k_auc)
+            values |= _membership_metrics(scores, yardsticks)
         elif s.kind != "holdout":
             own_terms = s.utility_terms(name)
             terms |= own_terms
@@ -322,11 +353,10 @@ def evaluate(
     tokenizer: Any,
     sets: list[EvalSet],
     *,
-    gold_log_truth_ratio: np.ndarray | None,
     max_tokens: int,
     max_new_tokens: int,
     batch_size: int,
-    gold_min_k_auc: float | None = None,
+    yardsticks: Yardsticks = NO_YARDSTICKS,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Everything of a model in its table row. progress counts scored sequences and generated answers alike."""
@@ -334,7 +364,7 @@ def evaluate(
     scores = add_rouge(
         model, tokenizer, sets, scores, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
     )
-    return summarize(scores, gold_log_truth_ratio, gold_min_k_auc)
+    return summarize(scores, yardsticks)
 
 
 def num_pieces(sets: Iterable[EvalSet]) -> int:

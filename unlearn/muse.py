@@ -23,7 +23,7 @@ from torch import nn
 
 from unlearn import metrics
 from unlearn.data import PLAIN_TEMPLATE, Row, windows
-from unlearn.evaluate import EvalSet, membership_aucs, num_scored, score_sets
+from unlearn.evaluate import EvalSet, membership_auc, num_scored, score_sets
 from unlearn.generate import generate
 from unlearn.scoring import Progress
 
@@ -165,7 +165,7 @@ def min_k_auc(
 ) -> float:
     """AUC of min-k between the forget and the holdout set, as metrics.privleak takes it."""
     scores = score_sets(model, sets, max_tokens=max_tokens, progress=progress)
-    return membership_aucs(scores["forget"], scores["holdout"])["min_k"]
+    return membership_auc("min_k", scores["forget"], scores["holdout"])
 
 
 def sources(data: str | None, given: Mapping[str, str | None]) -> dict[str, str]:

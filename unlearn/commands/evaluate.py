@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from unlearn.commands.common import (
     print_metrics,
     quiet_transformers,
 )
+
+# what decides an evaluation's numbers beside the model and the rows
+_STORED_OPTIONS = ("gold", "reference_model", "max_rows", "max_new_tokens", "dtype", "device")
 
 
 def add(commands: Any) -> None:
@@ -31,6 +35,12 @@ def add(commands: Any) -> None:
     parser.add_argument("--world-facts", help="world facts set, for model utility")
     parser.add_argument("--holdout", help="text like the forget set's that no model has seen, for membership inference")
     parser.add_argument("--gold", help="model retrained without the forget set, for forget quality and PrivLeak")
+    parser.add_argument("--reference-model", help="model that has not seen the forget set, for membership inference")
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="store metrics and sample answers as FOLDER/eval.json (default: in the run whose OUT/model this is)",
+    )
     parser.add_argument("--log", metavar="FILE", help="write a log in TOFU's format too (`unlearn metrics` reads it)")
     parser.add_argument("--max-rows", type=positive, help="use the first rows of each set alone (TOFU's tables: 300)")
     for flag, default, text in (
@@ -49,52 +59,80 @@ def _eval(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from unlearn import tofu_log
-    from unlearn.evaluate import evaluate, membership_aucs, num_pieces, score_sets, to_log
-    from unlearn.model import load_model, resolve_device
+    from unlearn.evaluate import evaluate, num_pieces, to_log
+    from unlearn.model import resolve_device
+    from unlearn.runfiles import provenance
+    from unlearn.runs import evaluation_folder, stored_form, write_evaluation
 
     quiet_transformers()
     device = resolve_device(args.device)
-    options: dict[str, Any] = {"dtype": args.dtype, "device": device, "trust_remote_code": args.trust_remote_code}
+    folder = evaluation_folder(args.model, args.output)
     tokenizer, sets = _load_sets(args, args.model)
-    gold_ratio = gold_auc = None
     if args.log and not all(group.rows[0].wrong for group in sets if group.name in tofu_log.SETS):
         raise ValueError("log: TOFU's logs hold truth ratios, and a set has no perturbed_answer")
-    if args.gold:
-        if not sets[0].rows[0].wrong and not args.holdout:
-            raise ValueError(
-                "gold: forget quality compares truth ratios, and the forget rows have no perturbed_answer;"
-                " PrivLeak needs a --holdout"
-            )
-        _, gold_sets = _load_sets(args, args.gold, only=("forget", "holdout"))
-        with loading(args.gold):
-            gold_model = load_model(args.gold, **options)
-        gold = score_sets(gold_model, gold_sets, max_tokens=args.max_tokens)
-        del gold_model  # one model is resident at a time
-        gold_ratio = gold["forget"].log_truth_ratio if sets[0].rows[0].wrong else None
-        if "holdout" in gold:
-            gold_auc = membership_aucs(gold["forget"], gold["holdout"])["min_k"]
-    with loading(args.model):
-        model = load_model(args.model, **options)
+    if args.gold and not sets[0].rows[0].wrong and not args.holdout:
+        raise ValueError(
+            "gold: forget quality compares truth ratios, and the forget rows have no perturbed_answer;"
+            " PrivLeak needs a --holdout"
+        )
+    if args.reference_model and not args.holdout:
+        raise ValueError("reference-model: its losses tell forget rows from --holdout rows, and there is no --holdout")
+    yardsticks = _yardsticks(args, device)
+    model = _load_model(args, args.model, device)
     with tqdm(total=num_pieces(sets), desc="eval", unit="answer", leave=False) as bar:
         result = evaluate(
             model,
             tokenizer,
             sets,
-            gold_log_truth_ratio=gold_ratio,
-            gold_min_k_auc=gold_auc,
+            yardsticks=yardsticks,
             max_tokens=args.max_tokens,
             max_new_tokens=args.max_new_tokens,
             batch_size=args.generation_batch,
             progress=bar.update,
         )
-    if args.log:
-        tofu_log.write(args.log, to_log(sets, result.sets))
-    print_metrics(result.metrics, as_json=args.json)
+    try:
+        if args.log:
+            tofu_log.write(args.log, to_log(sets, result.sets))
+        if folder is not None:
+            sources = {group.name: getattr(args, group.name) for group in sets}
+            options = {name: getattr(args, name) for name in _STORED_OPTIONS}
+            where = provenance(model)
+            stored = stored_form(args.model, result, sets, sources=sources, options=options, provenance=where)
+            path = write_evaluation(folder, stored)
+            print(f"stored in {path}", file=sys.stderr)
+    finally:  # a full disk costs the files and not the numbers
+        print_metrics(result.metrics, as_json=args.json)
     return 0
 
 
+def _yardsticks(args: argparse.Namespace, device: Any) -> Any:
+    """What --gold and --reference-model say of the sets in their own tokens; one model is resident at a time."""
+    from unlearn.evaluate import Yardsticks, answer_nll, membership_auc, score_sets
+
+    found: dict[str, Any] = {}
+    if args.gold:
+        _, sets = _load_sets(args, args.gold, only=("holdout",))
+        gold = score_sets(_load_model(args, args.gold, device), sets, max_tokens=args.max_tokens)
+        if sets[0].rows[0].wrong:
+            found["log_truth_ratio"] = gold["forget"].log_truth_ratio
+        if "holdout" in gold:
+            found["min_k_auc"] = membership_auc("min_k", gold["forget"], gold["holdout"])
+    if args.reference_model:
+        _, sets = _load_sets(args, args.reference_model, only=("holdout",))
+        model = _load_model(args, args.reference_model, device)
+        found["answer_nll"] = answer_nll(model, sets, max_tokens=args.max_tokens)
+    return Yardsticks(**found)
+
+
+def _load_model(args: argparse.Namespace, name: str, device: Any) -> Any:
+    from unlearn.model import load_model
+
+    with loading(name):
+        return load_model(name, dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code)
+
+
 def _load_sets(args: argparse.Namespace, name: str, *, only: Sequence[str] | None = None) -> tuple[Any, list[Any]]:
-    """(tokenizer of the model `name`, the sets in its tokens): a gold model is scored in its own."""
+    """(tokenizer of the model `name`, the sets in its tokens): the forget set and the others, or `only` these."""
     from unlearn.evaluate import Kind, load_set
     from unlearn.model import load_tokenizer, max_positions
 
