@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from unlearn.optim import AdamWSR, linear_schedule
 from unlearn.runfiles import (
     METRICS_FILE,
     MODEL_FOLDER,
+    alone_in,
     load_checkpoint,
     open_output,
     provenance,
@@ -87,6 +89,24 @@ class Reference:
     seconds: float = 0.0
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _alone_in_its_output(
+    function: Callable[Concatenate[TrainConfig, P], R],
+) -> Callable[Concatenate[TrainConfig, P], R]:
+    """From before metrics.jsonl until the model is saved, the run's folder is its own."""
+
+    @functools.wraps(function)
+    def alone(config: TrainConfig, *args: P.args, **kwargs: P.kwargs) -> R:
+        with alone_in(Path(config.output)):
+            return function(config, *args, **kwargs)
+
+    return alone
+
+
+@_alone_in_its_output
 def train(
     config: TrainConfig,
     model: nn.Module,
