@@ -16,6 +16,8 @@ from unlearn.config import TrainConfig
 from unlearn.data import Item, Role, Row, Sequence, encode, encode_rows, load_rows, read_json_lines, read_lines
 from unlearn.methods import METHODS, StepTotals
 
+# In a run: a list of so many takes gigabytes of the host's memory and minutes to make.
+MAX_SEQUENCES = 2 * 10**7
 Group = tuple[tuple[Sequence, Role], ...]
 
 
@@ -143,6 +145,18 @@ def num_steps_per_epoch(data: TrainingSet, config: TrainConfig) -> int:
     if rows == 0:
         raise ValueError(f"{'retain' if config.method == 'finetune' else 'forget'}: holds no rows")
     return -(-rows // config.batch_size)
+
+
+def all_steps(data: TrainingSet, config: TrainConfig) -> list[Step]:
+    """The whole run's steps. Raises ValueError for more sequences than the memory of a host holds."""
+    per_epoch = max(len(data.forget), len(data.retain) if config.method == "finetune" else 0)
+    if _uses_retain(config) and config.method != "finetune":
+        per_epoch *= 1 + config.retain_per_forget
+    if config.epochs * per_epoch > MAX_SEQUENCES:
+        raise ValueError(
+            f"epochs: {config.epochs} with {per_epoch} sequences in each are not accepted; {MAX_SEQUENCES} in all are"
+        )
+    return [step for epoch in range(config.epochs) for step in epoch_steps(data, config, epoch)]
 
 
 def epoch_steps(data: TrainingSet, config: TrainConfig, epoch: int) -> list[Step]:

@@ -122,9 +122,7 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         tensors = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **tensors)
 
@@ -193,6 +191,8 @@ def read_json_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
             raise ValueError(
                 f"{where}: not JSON: {error.msg} at column {error.colno}; one object per line is accepted"
             ) from None
+        except (ValueError, RecursionError) as error:  # a number of 5000 digits, lists without end
+            raise ValueError(f"{where}: not JSON that can be read: {error}") from None
         if not isinstance(value, dict):
             raise ValueError(f"{where}: a JSON object is accepted, this is a {type(value).__name__}")
         rows.append((value, where))

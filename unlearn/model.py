@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,10 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: {name!r} is not available here ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"device: {name!r} is not available here ({_first_line(error)})") from None
     return device
 
 
@@ -123,6 +125,21 @@ def hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
         segments=Segments.plan(batch.lengths, batch.input_ids.device),
     )
     return output.last_hidden_state[0].index_select(0, batch.answer_index)
+
+
+def check_ids(model: nn.Module, sequences: Iterable[Sequence]) -> None:
+    """Refuses tokens beyond the model's embedding or head: on a GPU they would end in a device assert.
+
+    Raises ValueError naming the first sequence that has one.
+    """
+    rows = min(len(model.get_input_embeddings().weight), len(head_of(model).weight))
+    for sequence in sequences:
+        largest = max(sequence.input_ids)
+        if largest >= rows:
+            raise ValueError(
+                f"model: {sequence.key} has the token {largest}, and the model knows 0 to {rows - 1}; its tokenizer is "
+                "of another model"
+            )
 
 
 @contextlib.contextmanager

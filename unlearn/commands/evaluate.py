@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from unlearn.commands.common import add_model_options, loading, positive, print_metrics, quiet_transformers
@@ -41,6 +42,7 @@ def _eval(args: argparse.Namespace) -> int:
 
     from unlearn import tofu_log
     from unlearn.evaluate import evaluate, membership_aucs, num_pieces, score_sets, to_log
+    from unlearn.files import check_writable
     from unlearn.model import load_model, resolve_device
 
     quiet_transformers()
@@ -50,6 +52,8 @@ def _eval(args: argparse.Namespace) -> int:
     gold_ratio = gold_auc = None
     if args.log and not all(group.rows[0].wrong for group in sets if group.name in tofu_log.SETS):
         raise ValueError("log: TOFU's logs hold truth ratios, and a set has no perturbed_answer")
+    if args.log:
+        check_writable("log", Path(args.log).parent)
     if args.gold:
         if not sets[0].rows[0].wrong:
             raise ValueError("gold: forget quality compares truth ratios, and the forget rows have no perturbed_answer")
@@ -75,9 +79,9 @@ def _eval(args: argparse.Namespace) -> int:
             batch_size=args.generation_batch,
             progress=bar.update,
         )
+    print_metrics(result.metrics, as_json=args.json)  # first: they are not lost with a log that cannot be written
     if args.log:
         tofu_log.write(args.log, to_log(sets, result.sets))
-    print_metrics(result.metrics, as_json=args.json)
     return 0
 
 
