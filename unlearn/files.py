@@ -64,14 +64,13 @@ def _os_error(message: str) -> int | None:
 
 
 def check_writable(name: str, folder: Path) -> None:
-    """Creates `folder` and a file in it that goes again, before hours of work want to write there.
+    """Creates `folder` and, for a moment, a file in it, before hours of work want to write there.
 
     Raises ValueError naming the option `name`, the folder and the reason.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"{name}: {folder} cannot be written ({error.strerror})") from None
 
