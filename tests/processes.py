@@ -42,7 +42,7 @@ class Fork:
     """cli.main(arguments) in a child, after before() there; as a context manager it ends when the block does."""
 
     def __init__(self, arguments, before=None):
-        self._files = [tempfile.TemporaryFile("w+", newline="") for _ in range(2)]
+        self._files = [tempfile.TemporaryFile("w+", newline="") for _ in range(2)]  # noqa: SIM115
         self._ended = None
         self.started = time.perf_counter()
         self.pid = os.fork()
