@@ -154,7 +154,8 @@ def all_steps(data: TrainingSet, config: TrainConfig) -> list[Step]:
         per_epoch *= 1 + config.retain_per_forget
     if config.epochs * per_epoch > MAX_SEQUENCES:
         raise ValueError(
-            f"epochs: {config.epochs} with {per_epoch} sequences in each are not accepted; {MAX_SEQUENCES} in all are"
+            f"epochs: {config.epochs} of {per_epoch} sequences (retain_per_forget: {config.retain_per_forget}) are not "
+            f"accepted; {MAX_SEQUENCES} sequences in all are"
         )
     return [step for epoch in range(config.epochs) for step in epoch_steps(data, config, epoch)]
 

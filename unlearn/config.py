@@ -82,6 +82,8 @@ class TrainConfig:
                 raise ValueError(f"{name}: an empty string is not accepted")
             if plain is str and value is not None and "\0" in value:
                 raise ValueError(f"{name}: {value!r} is not accepted; a text without NUL is")
+            if plain is int and value is not None and abs(value) >= 2**63:
+                raise ValueError(f"{name}: {value!r:.40} is not accepted; a number of 64 bits is")
             if plain is float and value is not None and not math.isfinite(value):
                 raise ValueError(f"{name}: {value} is not accepted; a finite number is")
             if plain is float and value and not _SMALLEST <= abs(value) <= _LARGEST:

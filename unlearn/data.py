@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
@@ -141,7 +142,7 @@ def load_rows(source: str, *, role: str) -> list[Row]:
         name = source
     else:
         path = Path(source)
-        if not path.is_file():
+        if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
             raise ValueError(f"{role}: no file {source!r}; a JSON-lines file or tofu:SPLIT is accepted")
         found, name = read_json_lines(path), path.stem
     if not found:
