@@ -302,9 +302,8 @@ def half_a_line(metrics, row):
     metrics._file.flush()
 
 
-def half_a_file(state, file):
-    file.write(b"PK half")
-    file.flush()
+def half_a_file(state, path):
+    path.write_bytes(b"PK half")
 
 
 MOMENTS = {

@@ -175,6 +175,8 @@ def check_head(model: nn.Module) -> None:
     with generating(model):
         own = [model(input_ids=torch.tensor([row[:-1]], device=device)).logits[0].float() for row in ids]
     expected = torch.cat(own)
+    if not bool(expected.isfinite().all()):
+        raise ValueError(f"model: the logits of this {type(model).__name__} are not finite; its weights are broken")
     # The whole table's error against its size, so that the measure does not depend on how large logits are. bf16 loses
     # a per cent or two over a deep model; a factor that is not known here is further off.
     error = ((logits - expected).norm() / expected.norm().clamp_min(1e-30)).item()

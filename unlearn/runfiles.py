@@ -191,14 +191,22 @@ def save_checkpoint(output: Path, step: int, model: nn.Module, optimizer: AdamWS
     def write(folder: Path) -> None:
         with naming(folder / _WEIGHTS):
             save_weights(model, str(folder / _WEIGHTS))
-        # through Python's file: torch's own writer forgets why a write failed
-        with naming(folder / _OPTIMIZER), (folder / _OPTIMIZER).open("wb") as file:
-            torch.save(optimizer.state_dict(), file)
+        _save_optimizer(optimizer.state_dict(), folder / _OPTIMIZER)
         state = {"step": step, "metrics_bytes": metrics.sync()}
         with naming(folder / _STATE):
             (folder / _STATE).write_text(json.dumps(state))
 
     checkpoint.save(output / CHECKPOINT_FOLDER, step, write)
+
+
+def _save_optimizer(state: dict[str, Any], path: Path) -> None:
+    """torch.save by name: into a file of ours, a Ctrl-C would end in an abort of the process."""
+    try:
+        torch.save(state, path)
+    except RuntimeError:  # "unexpected pos": torch's writer forgets why a write failed; the next write says it
+        with naming(path), path.open("ab") as file:
+            file.write(bytes(1 << 20))
+        raise
 
 
 def load_checkpoint(output: Path, model: nn.Module, optimizer: AdamWSR, metrics: MetricsFile) -> int:
