@@ -149,6 +149,7 @@ def train(
             weight_decay=config.weight_decay,
             seed=config.seed,
         )
+        broken = not_finite(model)
         done = load_checkpoint(output, model, optimizer, metrics) if resume else 0
         if done:
             say(f"resuming after step {done} of {len(plan)}")
@@ -201,7 +202,7 @@ def train(
             bar.set_postfix({k: f"{row[k]:.3f}" for k in _ON_THE_BAR if row[k] is not None}, refresh=False)
             bar.update()
             if config.save_every and (step.index + 1) % config.save_every == 0 and step.index + 1 < len(plan):
-                check_weights(model, step.index + 1)
+                check_weights(model, step.index + 1, broken)
                 save_checkpoint(output, step.index + 1, model, optimizer, metrics)
             if after_step is not None:
                 peak = max(peak, peak_mib(device))
@@ -209,7 +210,7 @@ def train(
                 reset_peak(device)
         found = TrainResult(len(plan) - done, seconds, ref.seconds, max(peak, peak_mib(device)))
     if save_model:
-        check_weights(model, len(plan))
+        check_weights(model, len(plan), broken)
         save_pretrained(model, tokenizer, output / MODEL_FOLDER)
     return found
 
@@ -292,12 +293,17 @@ def check_kl(batch: PackedBatch, kl: float, dtype: torch.dtype, say: Say) -> Non
 
 
 @torch.no_grad()
-def check_weights(model: nn.Module, steps: int) -> None:
+def not_finite(model: nn.Module) -> list[str]:
+    """Names of the weights that hold a NaN or an infinity."""
+    return [name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())]
+
+
+def check_weights(model: nn.Module, steps: int, given: list[str]) -> None:
     """Before weights are kept: a finite gradient can still carry them over the edge, with a rate that is too high.
 
-    Raises NonFiniteError naming the first tensors that hold a NaN or an infinity.
+    given: the names of those that came so, in rows that no text uses. Raises NonFiniteError naming the first others.
     """
-    broken = [name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())]
+    broken = [name for name in not_finite(model) if name not in given]
     if broken:
         raise NonFiniteError(
             f"step {steps}: {len(broken)} weights are not finite after it ({', '.join(broken[:3])}); not saved. "
