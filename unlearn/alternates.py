@@ -16,7 +16,9 @@ from typing import Any
 from torch import nn
 
 from unlearn.data import Row, Sequence, encode, rows_from, special_ids
+from unlearn.files import holding, naming
 from unlearn.generate import sample
+from unlearn.model import check_ids
 from unlearn.scoring import Progress
 
 REQUEST = (
@@ -54,26 +56,30 @@ def write_alternates(
     were there already.
 
     Rows go in batches, each seeded by (seed, its first row) and written when it is complete, so that a run that was
-    killed goes on with the same answers. Raises ValueError for a file of other rows, and for a row to which the model
-    says nothing.
+    killed goes on with the same answers. Raises ValueError for a file of other rows or in another process's hands, and
+    for a row to which the model says nothing.
     """
-    done = _finished(path, rows, count, batch_size)
-    if progress is not None and done:
-        progress(done)
-    for first, batch in _batches(rows, done, batch_size):
-        asked = [request(row, tokenizer, max_length=max_length) for row in batch]
-        found = _sampled(model, tokenizer, asked, count, first, seed, temperature, max_new_tokens)
-        lines = [
-            json.dumps({**(row.fields or {}), "alternates": texts}, ensure_ascii=False)
-            for row, texts in zip(batch, found, strict=True)
-        ]
-        with path.open("a", encoding="utf-8") as file:
-            file.write("".join(line + "\n" for line in lines))
-            file.flush()
-            os.fsync(file.fileno())
-        if progress is not None:
-            progress(len(batch))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with holding(path, "output"):
+        done = _finished(path, rows, count, batch_size)
+        if progress is not None and done:
+            progress(done)
+        for first, batch in _batches(rows, done, batch_size):
+            asked = [request(row, tokenizer, max_length=max_length) for row in batch]
+            check_ids(model, asked)
+            found = _sampled(model, tokenizer, asked, count, first, seed, temperature, max_new_tokens)
+            lines = [_line(row, texts) for row, texts in zip(batch, found, strict=True)]
+            with naming(path), path.open("a", encoding="utf-8") as file:
+                file.write("".join(lines))
+                file.flush()
+                os.fsync(file.fileno())
+            if progress is not None:
+                progress(len(batch))
     return done
+
+
+def _line(row: Row, texts: list[str]) -> str:
+    return json.dumps({**(row.fields or {}), "alternates": texts}, ensure_ascii=False) + "\n"
 
 
 def _batches(rows: list[Row], done: int, batch_size: int) -> Iterator[tuple[int, list[Row]]]:
@@ -123,11 +129,12 @@ def _cut(text: str) -> str:
 
 def _finished(path: Path, rows: list[Row], count: int, batch_size: int) -> int:
     """How many rows of whole batches the file has; what follows them, a line cut off in the middle, is removed."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return 0
     data = path.read_bytes()
     lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
+    rest = data[sum(map(len, lines)) :]
+    own = _line(rows[len(lines)], []).partition('"alternates"')[0].encode() if len(lines) < len(rows) else b""
+    if rest[: len(own)] != own[: len(rest)]:  # of a stranger's file nothing is removed
+        raise ValueError(f"output: {path} line {len(lines) + 1} is of another file; give another --output")
     for number, line in enumerate(lines):
         try:
             fields = json.loads(line)

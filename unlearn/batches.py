@@ -17,6 +17,8 @@ from unlearn.data import Item, Role, Row, Sequence, encode, encode_rows, load_ro
 from unlearn.methods import METHODS, StepTotals
 from unlearn.sources import read_json_lines, read_lines
 
+# In a run: a list of so many takes gigabytes of the host's memory and minutes to make.
+MAX_SEQUENCES = 2 * 10**7
 Group = tuple[tuple[Sequence, Role], ...]
 
 
@@ -152,6 +154,19 @@ def num_steps_per_epoch(data: TrainingSet, config: TrainConfig) -> int:
     if rows == 0:
         raise ValueError(f"{'retain' if config.method == 'finetune' else 'forget'}: holds no rows")
     return -(-rows // config.batch_size)
+
+
+def all_steps(data: TrainingSet, config: TrainConfig) -> list[Step]:
+    """The whole run's steps. Raises ValueError for more sequences than the memory of a host holds."""
+    per_epoch = max(len(data.forget), len(data.retain) if config.method == "finetune" else 0)
+    if _uses_retain(config) and config.method != "finetune":
+        per_epoch *= 1 + config.retain_per_forget
+    if config.epochs * per_epoch > MAX_SEQUENCES:
+        raise ValueError(
+            f"epochs: {config.epochs} of {per_epoch} sequences (retain_per_forget: {config.retain_per_forget}) are not "
+            f"accepted; {MAX_SEQUENCES} sequences in all are"
+        )
+    return [step for epoch in range(config.epochs) for step in epoch_steps(data, config, epoch)]
 
 
 def epoch_steps(data: TrainingSet, config: TrainConfig, epoch: int) -> list[Step]:

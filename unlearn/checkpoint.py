@@ -31,7 +31,7 @@ def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 1)
     if keep < 1 or step < 0:
         raise ValueError(f"keep must be at least 1 and step at least 0, got {keep=} {step=}")
     current = latest(root)
-    if current is not None and _step_of(current) >= step:
+    if current is not None and step_of(current) >= step:
         raise ValueError(f"{current} is already the latest checkpoint, cannot save step {step} after it")
     root.mkdir(parents=True, exist_ok=True)
     _remove_strays(root)
@@ -64,11 +64,12 @@ def latest(root: Path) -> Path | None:
     starting over silently would throw the run away.
     """
     try:
-        name = (root / _POINTER).read_text().strip()
+        name = (root / _POINTER).read_text(errors="replace").strip()
     except FileNotFoundError:
         return None
     folder = root / name
-    if not _STEP_FOLDER.fullmatch(name) or not folder.is_dir():
+    # a link would lead out of the root, and could not be deleted as the folder that it seems to be
+    if not _STEP_FOLDER.fullmatch(name) or not folder.is_dir() or folder.is_symlink():
         present = sorted(f.name for f in _step_folders(root)) or "none"
         raise FileNotFoundError(
             f"{root / _POINTER} names {name!r}, which is not a checkpoint folder there (present: {present}); "
@@ -121,14 +122,15 @@ def _step_folders(root: Path) -> list[Path]:
     return [path for path in root.iterdir() if _STEP_FOLDER.fullmatch(path.name)]
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint folder's name says."""
     return int(folder.name.removeprefix("step-"))
 
 
 def _prune(root: Path, step: int, keep: int) -> None:
     """Deletes all numbered folders but the newest `keep` up to `step`; one beyond it was never pointed to."""
-    candidates = [folder for folder in _step_folders(root) if _step_of(folder) <= step]
-    kept = sorted(candidates, key=_step_of)[-keep:]
+    candidates = [folder for folder in _step_folders(root) if step_of(folder) <= step]
+    kept = sorted(candidates, key=step_of)[-keep:]
     for folder in _step_folders(root):
         if folder not in kept:
             try:
@@ -146,7 +148,7 @@ def _delete(folder: Path) -> None:
 
 def _remove_strays(root: Path) -> None:
     for path in root.glob("tmp-*"):
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)

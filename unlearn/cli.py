@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 
 from unlearn import __version__
 from unlearn.commands import alternates, demo, evaluate, metrics, muse, report, train
-from unlearn.commands.common import is_out_of_memory
 
 _EXAMPLES = """examples:
   unlearn demo                                     the whole story on an invented corpus, no download
@@ -43,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = error.strerror or str(error) or type(error).__name__
         return _fail(f"{error.filename}: {reason}" if error.filename else reason, 1)
     except Exception as error:
-        from safetensors import SafetensorError  # a full disk, for one
+        from safetensors import SafetensorError
+
+        from unlearn.memory import is_out_of_memory
 
         if is_out_of_memory(error):
             return _fail(f"{error}; a smaller --max-tokens or (train) --gradient-checkpointing needs less", 1)

@@ -21,6 +21,8 @@ from unlearn.recipes import RECIPES
 from unlearn.sources import parse_fields
 
 RETAIN_TERMS = ("none", "nll", "kl")
+# What float32 can divide by and multiply with: beyond, a run would end in its first step.
+_SMALLEST, _LARGEST = 1e-30, 1e30
 DTYPES = ("float32", "bfloat16")  # float16 weights would need a loss scale
 
 
@@ -91,8 +93,14 @@ class TrainConfig:
             value = getattr(self, name)
             if plain is str and value == "":
                 raise ValueError(f"{name}: an empty string is not accepted")
+            if plain is str and value is not None and "\0" in value:
+                raise ValueError(f"{name}: {value!r} is not accepted; a text without NUL is")
+            if plain is int and value is not None and abs(value) >= 2**63:
+                raise ValueError(f"{name}: {value!r:.40} is not accepted; a number of 64 bits is")
             if plain is float and value is not None and not math.isfinite(value):
                 raise ValueError(f"{name}: {value} is not accepted; a finite number is")
+            if plain is float and value and not _SMALLEST <= abs(value) <= _LARGEST:
+                raise ValueError(f"{name}: {value} is not accepted; 0 and magnitudes of {_SMALLEST} to {_LARGEST} are")
         for name in ("lr", "epochs", "batch_size", "max_tokens", "retain_per_forget", "max_grad_norm", "max_length"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -165,7 +173,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"config: no file {path}") from None
     except OSError as error:
         raise ValueError(f"config: {path} cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of 5000 digits, lists without end
         raise ValueError(f"config: {path} is not a TOML file: {error}") from None
     known = field_types()
     for name in values:

@@ -1,4 +1,5 @@
-"""Peak memory of a stretch of work, in MiB: what the device allocated, or the process's resident set on a CPU."""
+"""Peak memory of a stretch of work, in MiB: what the device allocated, or the process's resident set on a CPU; and how
+the want of it shows."""
 
 from __future__ import annotations
 
@@ -30,3 +31,11 @@ def peak_mib(device: torch.device) -> float:
         return int(line.split()[1]) / 1024
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes / (2**20 if sys.platform == "darwin" else 1024)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """torch raises OutOfMemoryError on a GPU, a plain RuntimeError on a CPU."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        words in text for words in ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
+    )

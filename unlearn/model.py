@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,10 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: {name!r} is not available here ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"device: {name!r} is not available here ({_first_line(error)})") from None
     return device
 
 
@@ -125,6 +127,21 @@ def hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
     return output.last_hidden_state[0].index_select(0, batch.answer_index)
 
 
+def check_ids(model: nn.Module, sequences: Iterable[Sequence]) -> None:
+    """Refuses tokens beyond the model's embedding or head: on a GPU they would end in a device assert.
+
+    Raises ValueError naming the first sequence that has one.
+    """
+    rows = min(len(model.get_input_embeddings().weight), len(head_of(model).weight))
+    for sequence in sequences:
+        largest = max(sequence.input_ids)
+        if largest >= rows:
+            raise ValueError(
+                f"model: {sequence.key} has the token {largest}, and the model knows 0 to {rows - 1}; its tokenizer is "
+                "of another model"
+            )
+
+
 @contextlib.contextmanager
 def generating(model: nn.Module) -> Iterator[None]:
     """Padded batches with a key-value cache: transformers' own attention inside, packed attention again after."""
@@ -158,6 +175,8 @@ def check_head(model: nn.Module) -> None:
     with generating(model):
         own = [model(input_ids=torch.tensor([row[:-1]], device=device)).logits[0].float() for row in ids]
     expected = torch.cat(own)
+    if not bool(expected.isfinite().all()):
+        raise ValueError(f"model: the logits of this {type(model).__name__} are not finite; its weights are broken")
     # The whole table's error against its size, so that the measure does not depend on how large logits are. bf16 loses
     # a per cent or two over a deep model; a factor that is not known here is further off.
     error = ((logits - expected).norm() / expected.norm().clamp_min(1e-30)).item()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from unlearn.attention import ATTENTION
 from unlearn.data import Sequence
+from unlearn.files import check_writable, naming
 from unlearn.model import head_of
 from unlearn.scoring import Progress, forward, score, unique
 from unlearn_kernels import backends
@@ -94,6 +95,7 @@ def load_or_compute(
         table = read(path, own)
         _check_present(path, wanted, table)
         return ReferenceTable(table, "loaded")
+    check_writable("reference_cache", directory)
     values = score(model, wanted, max_tokens=max_tokens, progress=progress)
     table = {sequence.content_key: value for sequence, value in zip(wanted, values, strict=True)}
     write(path, table, own)
@@ -153,10 +155,11 @@ def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, temporary, metadata)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming(path):
+            save_file(tensors, temporary, metadata)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -207,6 +210,7 @@ class ReferenceHidden:
             spans = _read_spans(path, own, weight)
             _check_present(path, wanted, spans)
             return ReferenceHidden(path, weight, spans)
+        check_writable("reference_cache", directory)
         lengths = [sequence.num_answer_tokens for sequence in wanted]
         stored = torch.empty(sum(lengths), weight.shape[1], dtype=weight.dtype)
         done = 0

@@ -3,32 +3,39 @@
 OUTPUT/metrics.jsonl     a header line (configuration, provenance), then a line per optimizer step
 OUTPUT/checkpoints/      unlearn.checkpoint's numbered folders: weights, optimizer, step and length of metrics.jsonl
 OUTPUT/model/            the final model as transformers loads it
+OUTPUT/lock              held while a run is at work, see alone_in
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import pickle
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 from torch import nn
 
 from unlearn import __version__, checkpoint
 from unlearn.batches import Step
+from unlearn.files import holding, naming
+from unlearn.memory import is_out_of_memory
 from unlearn.optim import AdamWSR
 
-METRICS_FILE, MODEL_FOLDER, CHECKPOINT_FOLDER = "metrics.jsonl", "model", "checkpoints"
+METRICS_FILE, MODEL_FOLDER, CHECKPOINT_FOLDER, LOCK_FILE = "metrics.jsonl", "model", "checkpoints", "lock"
+_WEIGHTS, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.pt", "state.json"
 # Settings that a resumed run may change: none of them reaches the weights.
 _FREE_SETTINGS = ("output", "save_every", "reference_cache")
 # What decides the last bit of a result on the same data and settings.
@@ -49,13 +56,15 @@ class MetricsFile:
         self._file = path.open("ab")
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(to_json(row).encode() + b"\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(to_json(row).encode() + b"\n")
+            self._file.flush()
 
     def sync(self) -> int:
         """Bytes safely on disk."""
-        os.fsync(self._file.fileno())
-        return self._file.tell()
+        with naming(self.path):
+            os.fsync(self._file.fileno())
+            return self._file.tell()
 
     def cut(self, num_bytes: int) -> None:
         self._file.close()
@@ -70,7 +79,30 @@ class MetricsFile:
             if kind is None:
                 self.sync()
         finally:
-            self._file.close()
+            with contextlib.suppress(OSError) if kind is not None else naming(self.path):
+                self._file.close()  # writes again what a full disk refused
+
+
+@contextlib.contextmanager
+def alone_in(output: Path) -> Iterator[None]:
+    """Holds the folder of a run, created where it is missing, against other runs; one that stays empty is removed.
+
+    Raises ValueError for a folder that another run holds or that cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            if not output.exists():
+                output.mkdir(parents=True)
+                stack.callback(_remove_if_empty, output)
+            stack.enter_context(holding(output / LOCK_FILE, "output"))
+        except OSError as error:
+            raise ValueError(f"output: {output} cannot be written ({error.strerror})") from None
+        yield
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def open_output(output: Path, header: dict[str, Any], *, resume: bool, say: Callable[[str], None]) -> MetricsFile:
@@ -97,7 +129,11 @@ def open_output(output: Path, header: dict[str, Any], *, resume: bool, say: Call
         if resume:
             say(f"nothing to resume in {output}: starting")
         metrics = MetricsFile(path)
-        metrics.write(header)
+        try:
+            metrics.write(header)
+        except OSError:
+            path.unlink()  # half a header would pass for a run
+            raise
         return metrics
     except OSError as error:
         raise ValueError(f"output: {output} cannot be written ({error.strerror})") from None
@@ -150,28 +186,57 @@ def _check_same_settings(stored: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def save_checkpoint(output: Path, step: int, model: nn.Module, optimizer: AdamWSR, metrics: MetricsFile) -> None:
+    """Raises OSError naming the file that could not be written, and leaves the checkpoint before as the latest."""
+
     def write(folder: Path) -> None:
-        save_weights(model, str(folder / "model.safetensors"))
-        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        with naming(folder / _WEIGHTS):
+            save_weights(model, str(folder / _WEIGHTS))
+        _save_optimizer(optimizer.state_dict(), folder / _OPTIMIZER)
         state = {"step": step, "metrics_bytes": metrics.sync()}
-        (folder / "state.json").write_text(json.dumps(state))
+        with naming(folder / _STATE):
+            (folder / _STATE).write_text(json.dumps(state))
 
     checkpoint.save(output / CHECKPOINT_FOLDER, step, write)
 
 
+def _save_optimizer(state: dict[str, Any], path: Path) -> None:
+    """torch.save by name: into a file of ours, a Ctrl-C would end in an abort of the process."""
+    try:
+        torch.save(state, path)
+    except RuntimeError:  # "unexpected pos": torch's writer forgets why a write failed; the next write says it
+        with naming(path), path.open("ab") as file:
+            file.write(bytes(1 << 20))
+        raise
+
+
 def load_checkpoint(output: Path, model: nn.Module, optimizer: AdamWSR, metrics: MetricsFile) -> int:
-    """Steps done at the newest checkpoint, with model, optimizer and metrics set back to it; 0 where there is none."""
+    """Steps done at the newest checkpoint, with model, optimizer and metrics set back to it; 0 where there is none.
+
+    Raises ValueError naming a checkpoint that is damaged; metrics.jsonl is then as it was.
+    """
     folder = _latest(output)
     if folder is None:
         with metrics.path.open("rb") as file:
             metrics.cut(len(file.readline()))
         return 0
-    state = json.loads((folder / "state.json").read_text())
-    load_weights(model, folder / "model.safetensors")
-    # Through the CPU: the file may come from another GPU, and the optimizer moves its states to its weights.
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
-    metrics.cut(state["metrics_bytes"])
-    return int(state["step"])
+    try:
+        state = json.loads((folder / _STATE).read_text())
+        step, num_bytes = int(state["step"]), int(state["metrics_bytes"])
+        if step != checkpoint.step_of(folder):
+            raise ValueError(f"{_STATE} is of step {step}")
+        load_weights(model, folder / _WEIGHTS)
+        # Through the CPU: the file may come from another GPU, and the optimizer moves its states to its weights.
+        # weights_only: a checkpoint may come from a stranger, and a pickle runs what it names.
+        optimizer.load_state_dict(torch.load(folder / _OPTIMIZER, weights_only=True, map_location="cpu"))
+        metrics.cut(num_bytes)
+    except (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, pickle.PickleError) as e:
+        if is_out_of_memory(e):
+            raise
+        raise ValueError(
+            f"resume: the checkpoint {folder} is damaged ({type(e).__name__}: {e}); name another --output, or delete "
+            f"{folder.parent} to start over"
+        ) from None
+    return step
 
 
 def save_pretrained(model: nn.Module, tokenizer: Any, folder: Path) -> None:
@@ -182,15 +247,16 @@ def save_pretrained(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
     try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        with naming(folder):
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
         checkpoint.fsync_tree(temporary)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.replace(folder, old)
         try:
             os.replace(temporary, folder)
-        except OSError:
+        except BaseException:  # Ctrl-C too
             if old.exists():
                 os.replace(old, folder)
             raise
@@ -208,7 +274,8 @@ def save_broken_step(output: Path, step: Step, row: dict[str, Any]) -> Path:
         for group in step.groups
         for s, role in group
     ]
-    path.write_text(f'{{"metrics": {to_json(row)}, "batch": {json.dumps(batch)}}}\n')
+    with naming(path):
+        path.write_text(f'{{"metrics": {to_json(row)}, "batch": {json.dumps(batch)}}}\n')
     return path
 
 

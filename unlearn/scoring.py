@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from unlearn.data import Item, PackedBatch, Role, Sequence, collate, pack
-from unlearn.model import head_of, hidden_states
+from unlearn.model import check_ids, head_of, hidden_states
 from unlearn_kernels import sequence_logprobs, token_stats
 
 Progress = Callable[[int], None]
@@ -78,7 +78,11 @@ def _in_order(order: list[int], values: list[T]) -> list[T]:
 def forward(
     sequences: list[Sequence], model: nn.Module, max_tokens: int, progress: Progress | None
 ) -> Iterator[tuple[PackedBatch, Tensor]]:
-    """Packs of these sequences, in order, with their hidden states [N, H]; runs under the caller's grad mode."""
+    """Packs of these sequences, in order, with their hidden states [N, H]; runs under the caller's grad mode.
+
+    Raises ValueError for a token that the model does not have.
+    """
+    check_ids(model, sequences)
     device = next(model.parameters()).device
     for packed in pack([[Item(sequence, Role.RETAIN)] for sequence in sequences], max_tokens):
         batch = collate([item for group in packed for item in group]).to(device)

@@ -52,9 +52,9 @@ def read(source: str, *, role: str) -> list[Found]:
     if source.startswith("muse:"):
         return _muse_rows(source, role)
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(path):  # Path.is_file raises for a name that is too long
         return _read_file(path, path.name)
-    if path.is_dir():
+    if os.path.isdir(path):
         return [row for file in _documents(path, role) for row in _read_file(file, str(file.relative_to(path)))]
     if glob.has_magic(source):
         files = sorted(name for name in glob.glob(source, recursive=True) if os.path.isfile(name))

@@ -9,29 +9,31 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from unlearn import reference
-from unlearn.batches import Step, TrainingSet, epoch_steps, num_steps_per_epoch, with_reference
+from unlearn.batches import Step, TrainingSet, all_steps, num_steps_per_epoch, with_reference
 from unlearn.config import TrainConfig
 from unlearn.data import Item, PackedBatch, Role, collate, pack
 from unlearn.memory import peak_mib, reset_peak
 from unlearn.methods import METHODS, BatchLoss, StepTotals, batch_loss, check_config
-from unlearn.model import head_of, hidden_states
+from unlearn.model import check_ids, head_of, hidden_states
 from unlearn.optim import AdamWSR, linear_schedule
 from unlearn.runfiles import (
     METRICS_FILE,
     MODEL_FOLDER,
+    alone_in,
     load_checkpoint,
     open_output,
     provenance,
@@ -87,6 +89,24 @@ class Reference:
     seconds: float = 0.0
 
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _alone_in_its_output(
+    function: Callable[Concatenate[TrainConfig, _P], _R],
+) -> Callable[Concatenate[TrainConfig, _P], _R]:
+    """From before metrics.jsonl until the model is saved, the run's folder is its own."""
+
+    @functools.wraps(function)
+    def alone(config: TrainConfig, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with alone_in(Path(config.output)):
+            return function(config, *args, **kwargs)
+
+    return alone
+
+
+@_alone_in_its_output
 def train(
     config: TrainConfig,
     model: nn.Module,
@@ -107,8 +127,8 @@ def train(
     """
     method = check_config(config)
     output, device = Path(config.output), next(model.parameters()).device
-    plan = [step for epoch in range(config.epochs) for step in epoch_steps(data, config, epoch)]
-    warmup_steps = min(len(plan), round(config.warmup_epochs * num_steps_per_epoch(data, config)))
+    plan = all_steps(data, config)
+    warmup_steps = round(min(config.warmup_epochs, config.epochs) * num_steps_per_epoch(data, config))
     rates = [config.lr * linear_schedule(step.index, len(plan), warmup_steps) for step in plan]
     if not any(rates):  # a warm-up starts at 0
         raise ValueError(f"warmup_epochs: {config.warmup_epochs} keeps the only step at a rate of 0; 0 is accepted")
@@ -118,6 +138,7 @@ def train(
         "data": fingerprint(plan),
         "num_steps": len(plan),
     }
+    check_ids(model, unique(sequence for step in plan for sequence in step.sequences()))
     with contextlib.ExitStack() as stack:
         metrics = stack.enter_context(open_output(output, header, resume=resume, say=say))
         stack.enter_context(repeatable(model, recompute=config.gradient_checkpointing))
@@ -128,6 +149,7 @@ def train(
             weight_decay=config.weight_decay,
             seed=config.seed,
         )
+        broken = not_finite(model)
         done = load_checkpoint(output, model, optimizer, metrics) if resume else 0
         if done:
             say(f"resuming after step {done} of {len(plan)}")
@@ -180,6 +202,7 @@ def train(
             bar.set_postfix({k: f"{row[k]:.3f}" for k in _ON_THE_BAR if row[k] is not None}, refresh=False)
             bar.update()
             if config.save_every and (step.index + 1) % config.save_every == 0 and step.index + 1 < len(plan):
+                check_weights(model, step.index + 1, broken)
                 save_checkpoint(output, step.index + 1, model, optimizer, metrics)
             if after_step is not None:
                 peak = max(peak, peak_mib(device))
@@ -187,6 +210,7 @@ def train(
                 reset_peak(device)
         found = TrainResult(len(plan) - done, seconds, ref.seconds, max(peak, peak_mib(device)))
     if save_model:
+        check_weights(model, len(plan), broken)
         save_pretrained(model, tokenizer, output / MODEL_FOLDER)
     return found
 
@@ -266,6 +290,25 @@ def check_kl(batch: PackedBatch, kl: float, dtype: torch.dtype, say: Say) -> Non
     say(f"KL from the stored reference before the first step: {mean:.3g} nats per token (allowed {allowed:.3g})")
     if math.isfinite(mean) and mean > allowed:  # broken weights or rows: the step's own check names them
         raise InvariantError(f"the stored reference states are {mean:.3g} nats per token from the same weights now")
+
+
+@torch.no_grad()
+def not_finite(model: nn.Module) -> list[str]:
+    """Names of the weights that hold a NaN or an infinity."""
+    return [name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())]
+
+
+def check_weights(model: nn.Module, steps: int, given: list[str]) -> None:
+    """Before weights are kept: a finite gradient can still carry them over the edge, with a rate that is too high.
+
+    given: the names of those that came so, in rows that no text uses. Raises NonFiniteError naming the first others.
+    """
+    broken = [name for name in not_finite(model) if name not in given]
+    if broken:
+        raise NonFiniteError(
+            f"step {steps}: {len(broken)} weights are not finite after it ({', '.join(broken[:3])}); not saved. "
+            "A lower lr, or max_grad_norm, keeps them"
+        )
 
 
 @torch.no_grad()

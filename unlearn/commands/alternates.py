@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,11 @@ def _alternates(args: argparse.Namespace) -> int:
 
     from unlearn.alternates import write_alternates
     from unlearn.data import load_rows
+    from unlearn.files import check_writable
     from unlearn.model import load_model, load_tokenizer, max_positions, resolve_device
 
     output = Path(args.output)
-    if not args.temperature > 0:
+    if not 0 < args.temperature < math.inf:
         raise ValueError(f"temperature is {args.temperature}; a number above 0 is accepted")
     if output.exists() and not args.resume:
         raise ValueError(f"output: {output} exists; --resume goes on with it")
@@ -53,6 +55,9 @@ def _alternates(args: argparse.Namespace) -> int:
     with loading(args.model):
         tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
         longest = max_positions(args.model, trust_remote_code=args.trust_remote_code)
+        if longest is not None and args.max_new_tokens >= longest:
+            raise ValueError(f"max-new-tokens is {args.max_new_tokens}; the model has {longest} positions in all")
+        check_writable("output", output.parent)
         model = load_model(args.model, dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code)
     with tqdm(total=len(rows), desc="alternates", unit="row", leave=False) as bar:
         done = write_alternates(

@@ -60,15 +60,11 @@ def loading(name: str) -> Iterator[None]:
     except ValueError:
         raise
     except Exception as error:
+        from unlearn.memory import is_out_of_memory
+
         if is_out_of_memory(error):
             raise
         raise ValueError(f"model: could not load {name!r} ({type(error).__name__}: {error})") from None
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """torch raises OutOfMemoryError on a GPU, a plain RuntimeError on a CPU."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 def print_metrics(values: dict[str, float], *, as_json: bool) -> None:

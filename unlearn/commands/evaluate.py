@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from unlearn.commands.common import (
@@ -60,6 +61,7 @@ def _eval(args: argparse.Namespace) -> int:
 
     from unlearn import tofu_log
     from unlearn.evaluate import evaluate, num_pieces, to_log
+    from unlearn.files import check_writable
     from unlearn.model import resolve_device
     from unlearn.runfiles import provenance
     from unlearn.runs import evaluation_folder, stored_form, write_evaluation
@@ -70,6 +72,10 @@ def _eval(args: argparse.Namespace) -> int:
     tokenizer, sets = _load_sets(args, args.model)
     if args.log and not all(group.rows[0].wrong for group in sets if group.name in tofu_log.SETS):
         raise ValueError("log: TOFU's logs hold truth ratios, and a set has no perturbed_answer")
+    if args.log:
+        check_writable("log", Path(args.log).parent)
+    if folder is not None:
+        check_writable("output", folder)
     if args.gold and not sets[0].rows[0].wrong and not args.holdout:
         raise ValueError(
             "gold: forget quality compares truth ratios, and the forget rows have no perturbed_answer;"

@@ -104,7 +104,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _reference(args: argparse.Namespace) -> int:
-    from unlearn.batches import epoch_steps
+    from unlearn.batches import all_steps
     from unlearn.methods import check_config
     from unlearn.train import compute_reference
 
@@ -112,7 +112,6 @@ def _reference(args: argparse.Namespace) -> int:
     if not check_config(config).reference and config.retain_term != "kl":
         raise ValueError(f"method: {config.method} with retain_term {config.retain_term} needs no reference")
     model, tokenizer, data = _load(config)
-    plan = [step for epoch in range(config.epochs) for step in epoch_steps(data, config, epoch)]
-    ref = compute_reference(config, model, tokenizer, plan, say=print, progress=True)
+    ref = compute_reference(config, model, tokenizer, all_steps(data, config), say=print, progress=True)
     print(f"stored in {config.reference_dir} after {ref.seconds:.1f} s")
     return 0
