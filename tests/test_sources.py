@@ -20,7 +20,7 @@ from unlearn.sources import FIELD_NAMES, parse_fields, read
 ROOT = Path(__file__).resolve().parents[1]
 FORMATS = ("rows.jsonl", "rows.json", "rows.csv", "rows.tsv", "rows.parquet", "rows.txt")
 # one folder for every example of a test: the file is written anew each time
-fuzzed = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzzed = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def write_csv(path, header, rows, **dialect):
