@@ -64,6 +64,15 @@ class TrainConfig:
     )
     dtype: str = option("weights and activations: float32, or bfloat16 with stochastic rounding", default="bfloat16")
     device: str = option("cpu, cuda, cuda:1, ...; auto takes the GPU if there is one", default="auto")
+    lora: int | None = option("train LoRA adapters of this rank and leave the model's weights alone", default=None)
+    lora_alpha: int | None = option(
+        "alpha of the adapters, which count alpha / rank times (default: 2 rank)", default=None
+    )
+    lora_targets: str | None = option(
+        "linear layers that get an adapter, comma-separated (default: all-linear, which is all but the head)",
+        default=None,
+    )
+    lora_merge: bool = option("save the whole model with its adapters merged in, not the adapters", default=False)
     gradient_checkpointing: bool = option("recompute activations in the backward", default=False)
     save_every: int = option("optimizer steps between checkpoints (0: none before the end)", default=0)
     on_non_finite: str = option("stop or skip: what a NaN or inf loss or gradient does", default="stop")
@@ -80,7 +89,10 @@ class TrainConfig:
                 raise ValueError(f"{name}: an empty string is not accepted")
             if plain is float and value is not None and not math.isfinite(value):
                 raise ValueError(f"{name}: {value} is not accepted; a finite number is")
-        for name in ("lr", "epochs", "batch_size", "max_tokens", "retain_per_forget", "max_grad_norm", "max_length"):
+        for name in (
+            "lr", "epochs", "batch_size", "max_tokens", "retain_per_forget", "max_grad_norm", "max_length", "lora",
+            "lora_alpha",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: {value} is not accepted; a number above 0 is")
@@ -94,6 +106,9 @@ class TrainConfig:
         _one_of("retain_term", self.retain_term, RETAIN_TERMS)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("on_non_finite", self.on_non_finite, ("stop", "skip"))
+        for name in ("lora_alpha", "lora_targets", "lora_merge"):
+            if self.lora is None and getattr(self, name):
+                raise ValueError(f"{name}: given, but without lora (a rank) nothing would read it")
         if self.retain_term != "none" and self.retain is None:
             raise ValueError(f"retain: missing, and retain_term {self.retain_term} needs rows to keep")
         if self.retain is not None and self.retain_term == "none" and self.method != "finetune":

@@ -1,8 +1,9 @@
 """The files of a run: metrics.jsonl, checkpoints, the saved model, and where its numbers come from.
 
 OUTPUT/metrics.jsonl     a header line (configuration, provenance), then a line per optimizer step
-OUTPUT/checkpoints/      unlearn.checkpoint's numbered folders: weights, optimizer, step and length of metrics.jsonl
-OUTPUT/model/            the final model as transformers loads it
+OUTPUT/checkpoints/      unlearn.checkpoint's numbered folders: weights (adapters alone where these are what is
+                         trained), optimizer, step and length of metrics.jsonl
+OUTPUT/model/            the final model as transformers loads it, or its adapter as peft does
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 from torch import nn
 
-from unlearn import __version__, checkpoint
+from unlearn import __version__, adapters, checkpoint
 from unlearn.batches import Step
 from unlearn.optim import AdamWSR
 
@@ -151,7 +153,10 @@ def _check_same_settings(stored: dict[str, Any], now: dict[str, Any]) -> None:
 
 def save_checkpoint(output: Path, step: int, model: nn.Module, optimizer: AdamWSR, metrics: MetricsFile) -> None:
     def write(folder: Path) -> None:
-        save_weights(model, str(folder / "model.safetensors"))
+        if trained := adapters.state(model):
+            save_file(trained, folder / adapters.WEIGHTS_FILE)
+        else:
+            save_weights(model, str(folder / "model.safetensors"))
         torch.save(optimizer.state_dict(), folder / "optimizer.pt")
         state = {"step": step, "metrics_bytes": metrics.sync()}
         (folder / "state.json").write_text(json.dumps(state))
@@ -167,7 +172,10 @@ def load_checkpoint(output: Path, model: nn.Module, optimizer: AdamWSR, metrics:
             metrics.cut(len(file.readline()))
         return 0
     state = json.loads((folder / "state.json").read_text())
-    load_weights(model, folder / "model.safetensors")
+    if adapters.layers(model):
+        adapters.load_state(model, load_file(folder / adapters.WEIGHTS_FILE))
+    else:
+        load_weights(model, folder / "model.safetensors")
     # Through the CPU: the file may come from another GPU, and the optimizer moves its states to its weights.
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
     metrics.cut(state["metrics_bytes"])
@@ -175,14 +183,17 @@ def load_checkpoint(output: Path, model: nn.Module, optimizer: AdamWSR, metrics:
 
 
 def save_pretrained(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """The model and tokenizer as transformers loads them: on disk before they replace what `folder` held.
+    """The model, or its adapters alone, and the tokenizer: on disk before they replace what `folder` held.
 
     A kill between the two renames leaves the earlier model beside it as .NAME.old; the run's resume writes it anew.
     """
     temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
     try:
-        model.save_pretrained(temporary)
+        if adapters.layers(model):
+            adapters.save(model, temporary)
+        else:
+            model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         checkpoint.fsync_tree(temporary)
         if folder.exists():
@@ -217,6 +228,7 @@ def provenance(model: nn.Module) -> dict[str, Any]:
     import transformers
 
     device = next(model.parameters()).device
+    trained, whole = adapters.num_parameters(model)
     here = Path(__file__).resolve().parent
     return {
         "unlearn": __version__,
@@ -227,7 +239,9 @@ def provenance(model: nn.Module) -> dict[str, Any]:
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": whole,
+        "trained_parameters": trained,
+        "lora": adapters.settings(model),
         "command": " ".join(sys.argv),
     }
 

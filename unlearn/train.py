@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from unlearn import reference
+from unlearn import adapters, reference
 from unlearn.batches import Step, TrainingSet, epoch_steps, num_steps_per_epoch, with_reference
 from unlearn.config import TrainConfig
 from unlearn.data import Item, PackedBatch, Role, collate, pack
@@ -101,6 +101,8 @@ def train(
 ) -> TrainResult:
     """Change `model` in place as `config` says and leave checkpoints, metrics.jsonl and the final model in its output.
 
+    With config.lora the model gets adapters, or keeps those that it came with, and they alone are trained.
+
     after_step(k) is called when k optimizer steps are done, and with 0 before the first; its time and memory
     are not counted.
     Raises ValueError for what the user can mend, NonFiniteError and InvariantError as their names say.
@@ -112,6 +114,8 @@ def train(
     rates = [config.lr * linear_schedule(step.index, len(plan), warmup_steps) for step in plan]
     if not any(rates):  # a warm-up starts at 0
         raise ValueError(f"warmup_epochs: {config.warmup_epochs} keeps the only step at a rate of 0; 0 is accepted")
+    if config.lora is not None:
+        adapters.attach(model, config)
     header = {
         "config": config.to_dict(),
         "provenance": provenance(model),
@@ -120,8 +124,11 @@ def train(
     }
     with contextlib.ExitStack() as stack:
         metrics = stack.enter_context(open_output(output, header, resume=resume, say=say))
+        if config.lora is not None:
+            say(adapters.line(model))
         stack.enter_context(repeatable(model, recompute=config.gradient_checkpointing))
-        ref = compute_reference(config, model, tokenizer, plan, say=say, progress=progress)
+        with adapters.as_reference(model):
+            ref = compute_reference(config, model, tokenizer, plan, say=say, progress=progress)
         optimizer = AdamWSR(
             [p for p in model.parameters() if p.requires_grad],
             lr=config.lr,
@@ -153,7 +160,8 @@ def train(
                 rehearsal = None
                 first = step.index == 0 and tally.num_packs == 0
                 if first and method.reference:
-                    rehearsal = _forward(model, batch, items, config, totals, ref).logprobs
+                    with adapters.as_reference(model):
+                        rehearsal = _forward(model, batch, items, config, totals, ref).logprobs
                 result = _forward(model, batch, items, config, totals, ref)
                 if rehearsal is not None:
                     bar.clear()
@@ -187,6 +195,8 @@ def train(
                 reset_peak(device)
         found = TrainResult(len(plan) - done, seconds, ref.seconds, max(peak, peak_mib(device)))
     if save_model:
+        if config.lora_merge:
+            say(adapters.merge_line(adapters.merge(model), config.dtype))
         save_pretrained(model, tokenizer, output / MODEL_FOLDER)
     return found
 

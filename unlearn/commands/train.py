@@ -66,6 +66,7 @@ def _config(args: argparse.Namespace) -> TrainConfig:
 
 def _load(config: TrainConfig) -> tuple[Any, Any, Any]:
     """(model, tokenizer, training set): the cheap checks first, the weights last."""
+    from unlearn import adapters
     from unlearn.batches import load_training_set
     from unlearn.methods import check_config
     from unlearn.model import load_model, load_tokenizer, max_positions, resolve_device
@@ -80,6 +81,8 @@ def _load(config: TrainConfig) -> tuple[Any, Any, Any]:
     data = load_training_set(config, tokenizer, max_length=config.max_length or longest)
     with loading(config.model):
         model = load_model(config.model, dtype=config.dtype, device=device, trust_remote_code=trust)
+    if config.lora is None and adapters.layers(model):
+        print(adapters.merge_line(adapters.merge(model), config.dtype))
     return model, tokenizer, data
 
 
