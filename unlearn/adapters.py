@@ -226,18 +226,24 @@ def merge(model: nn.Module) -> float:
     """
     _check_mergeable(model, "model")
     update = error = 0.0
-    for name, layer in layers(model).items():
+    for layer in layers(model).values():
         with torch.no_grad():
             weight, delta = layer.base_layer.weight, layer.get_delta_weight(_NAME)
             wanted = weight.to(delta.dtype) + delta
             weight.copy_(wanted)
             update += float(delta.square().sum(dtype=torch.float64))
             error += float((weight.to(delta.dtype) - wanted).square().sum(dtype=torch.float64))
+    strip(model)
+    return (error / update) ** 0.5 if update else 0.0
+
+
+def strip(model: nn.Module) -> None:
+    """Take the adapters out as if they had never been there; every weight may be trained."""
+    for name, layer in layers(model).items():
         model.set_submodule(name, layer.base_layer)
     if hasattr(model, "peft_config"):
         del model.peft_config
     model.requires_grad_(True)
-    return (error / update) ** 0.5 if update else 0.0
 
 
 def merge_line(lost: float, dtype: str) -> str:
@@ -300,18 +306,12 @@ def load(model: nn.Module, folder: str) -> None:
 
     Reads safetensors alone. A base of the same shape and other weights cannot be told apart.
     """
-    _read(folder)
     path = Path(folder) / WEIGHTS_FILE
     try:
         stored = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"model: {path} cannot be read ({error})") from None
-    try:
-        described = _peft().PeftConfig.from_pretrained(folder)
-        described.inference_mode = False
-        _inject(model, described)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"model: the adapter in {folder!r} does not fit its base ({error})") from None
+    describe(model, folder)
     functional = _peft().functional
     expected = functional.get_peft_model_state_dict(model, save_embedding_layers=False)
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
@@ -324,6 +324,18 @@ def load(model: nn.Module, folder: str) -> None:
     if shapes:
         raise ValueError(f"model: the adapter in {folder!r} is of another base: nothing takes {next(iter(shapes))}")
     functional.set_peft_model_state_dict(model, stored, _NAME)
+
+
+def describe(model: nn.Module, folder: str) -> None:
+    """Put new adapters of the kind that a folder holds into its base model; load() does that and fills them."""
+    _read(folder)
+    peft = _peft()
+    try:
+        described = peft.PeftConfig.from_pretrained(folder)
+        described.inference_mode = False
+        _inject(model, described)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"model: the adapter in {folder!r} does not fit its base ({error})") from None
 
 
 def save(model: nn.Module, folder: Path) -> None:

@@ -106,6 +106,27 @@ def _load_whole(name: str, dtype: str | torch.dtype, trust_remote_code: bool) ->
     return model
 
 
+def load_skeleton(name: str, *, dtype: str, trust_remote_code: bool = False) -> nn.Module:
+    """The model that a configuration describes, on the meta device: parameters without values.
+
+    name: as load_model takes it. Raises ValueError where there is no configuration that makes a model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    base = adapters.base_of(name)
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ValueError(f"model: no configuration of a model in {base!r} ({_first_line(error)})") from None
+    if base != name:
+        adapters.describe(model, name)
+    return model
+
+
 def prepare(model: nn.Module) -> nn.Module:
     """Switch a transformers model to packed attention and evaluation mode, and check its head."""
     if not getattr(model, "_supports_attention_backend", False):

@@ -42,23 +42,43 @@ def identity(model: nn.Module, tokenizer: Any) -> dict[str, str]:
     for name, tensor in sorted(adapters.function_state(model).items()):
         weights.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         weights.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    words = {key: value for key, value in words.items() if key not in ("truncation", "padding")}  # of the last call
     # what the weights do not say: rotary base, windows, scales
     config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_THE_FUNCTION}
     parameter = next(model.parameters())
     return {
         "model": weights.hexdigest(),
         "model configuration": _digest(config),
-        "tokenizer": _digest(words),
-        "chat template": _digest(getattr(tokenizer, "chat_template", None)),
+        **_text_identity(tokenizer),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": parameter.device.type,
         "attention": ATTENTION,
         "kernels": backends.choose(parameter, head_of(model).weight, None).name,
         "format": "1",
     }
+
+
+def _text_identity(tokenizer: Any) -> dict[str, str]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    words = {key: value for key, value in words.items() if key not in ("truncation", "padding")}  # of the last call
+    return {"tokenizer": _digest(words), "chat template": _digest(getattr(tokenizer, "chat_template", None))}
+
+
+def look(path: Path, tokenizer: Any, dtype: str, sequences: Iterable[Sequence]) -> str | None:
+    """What a run would find at `path`, as far as it can be said without the weights: None for nothing, "complete", or
+    why it would be refused."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        _check_identity(path, metadata, {**_text_identity(tokenizer), "dtype": dtype})
+        _check_present(path, unique(sequences), _listed(metadata, "keys"))
+    except (SafetensorError, OSError) as error:
+        return _damaged(path, str(error))
+    except ValueError as error:
+        return str(error)
+    return "complete"
 
 
 def _digest(value: Any) -> str:
@@ -206,10 +226,10 @@ class ReferenceHidden:
         head = head_of(model)
         if head.lora is not None and bool(head.lora[1].any()):
             raise ValueError("retain_term: kl is not accepted where the model's adapter has changed its head")
-        weight = head.weight.detach()
-        if head.weight.requires_grad or head.bias is not None:
+        weight, resident = head.weight.detach(), 0
+        if needs_own_head(head.weight, head.bias):
             weight = _with_bias_columns(weight, head.bias)
-        resident = 0 if weight.data_ptr() == head.weight.data_ptr() else weight.numel() * weight.element_size()
+            resident = weight.numel() * weight.element_size()
         path = directory / HIDDEN_FILE
         if path.exists():
             spans = _read_spans(path, own, weight)
@@ -235,6 +255,11 @@ class ReferenceHidden:
     def cost(self) -> tuple[int, int]:
         """(bytes on disk, bytes resident)."""
         return self._path.stat().st_size, self._resident
+
+
+def needs_own_head(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the reference's head is a matrix of its own: the policy's is about to change, or has a bias."""
+    return weight.requires_grad or bias is not None
 
 
 # Columns that a bias takes: one would do, eight keep rows aligned for the matrix units.

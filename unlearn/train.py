@@ -24,7 +24,7 @@ from tqdm import tqdm
 from unlearn import adapters, reference
 from unlearn.batches import Step, TrainingSet, epoch_steps, num_steps_per_epoch, with_reference
 from unlearn.config import TrainConfig
-from unlearn.data import Item, PackedBatch, Role, collate, pack
+from unlearn.data import Item, PackedBatch, Role, Sequence, collate, pack
 from unlearn.memory import peak_mib, reset_peak
 from unlearn.methods import METHODS, BatchLoss, StepTotals, batch_loss, check_config
 from unlearn.model import head_of, hidden_states
@@ -109,11 +109,8 @@ def train(
     """
     method = check_config(config)
     output, device = Path(config.output), next(model.parameters()).device
-    plan = [step for epoch in range(config.epochs) for step in epoch_steps(data, config, epoch)]
-    warmup_steps = min(len(plan), round(config.warmup_epochs * num_steps_per_epoch(data, config)))
-    rates = [config.lr * linear_schedule(step.index, len(plan), warmup_steps) for step in plan]
-    if not any(rates):  # a warm-up starts at 0
-        raise ValueError(f"warmup_epochs: {config.warmup_epochs} keeps the only step at a rate of 0; 0 is accepted")
+    plan = all_steps(data, config)
+    rates = learning_rates(config, data, len(plan))
     if config.lora is not None:
         adapters.attach(model, config)
     header = {
@@ -201,6 +198,19 @@ def train(
     return found
 
 
+def all_steps(data: TrainingSet, config: TrainConfig) -> list[Step]:
+    return [step for epoch in range(config.epochs) for step in epoch_steps(data, config, epoch)]
+
+
+def learning_rates(config: TrainConfig, data: TrainingSet, num_steps: int) -> list[float]:
+    """The rate of each step. Raises ValueError where all of them are zero."""
+    warmup_steps = min(num_steps, round(config.warmup_epochs * num_steps_per_epoch(data, config)))
+    rates = [config.lr * linear_schedule(step, num_steps, warmup_steps) for step in range(num_steps)]
+    if not any(rates):  # a warm-up starts at 0
+        raise ValueError(f"warmup_epochs: {config.warmup_epochs} keeps the only step at a rate of 0; 0 is accepted")
+    return rates
+
+
 def _forward(
     model: nn.Module, batch: PackedBatch, items: list[Item], config: TrainConfig, totals: StepTotals, ref: Reference
 ) -> BatchLoss:
@@ -214,6 +224,16 @@ def _forward(
 # -------------------------------------------------------------------------------------------------------- reference
 
 
+def reference_sequences(config: TrainConfig, plan: list[Step]) -> tuple[list[Sequence], list[Sequence]]:
+    """(what needs a reference log-likelihood, what needs reference states) of the sequences that the plan will use."""
+    members = [member for step in plan for group in step.groups for member in group]
+    scored: list[Sequence] = []
+    if METHODS[config.method].reference:
+        scored = [s for s, role in members if role != Role.RETAIN] + [s for step in plan for s in step.refusals]
+    kept = [s for s, role in members if role == Role.RETAIN and config.retain_term == "kl"]
+    return unique(scored), unique(kept)
+
+
 def compute_reference(
     config: TrainConfig, model: nn.Module, tokenizer: Any, plan: list[Step], *, say: Say, progress: bool
 ) -> Reference:
@@ -221,10 +241,8 @@ def compute_reference(
     start = time.perf_counter()
     logprobs: dict[str, float] = {}
     hidden = None
-    members = [member for step in plan for group in step.groups for member in group]
+    wanted, kept = reference_sequences(config, plan)
     if METHODS[config.method].reference:
-        wanted = [s for s, role in members if role != Role.RETAIN] + [s for step in plan for s in step.refusals]
-        wanted = unique(wanted)
         with tqdm(total=len(wanted), desc="reference", unit="seq", disable=not progress, leave=False) as bar:
             table = reference.load_or_compute(
                 model, tokenizer, wanted, config.reference_dir, max_tokens=config.max_tokens, progress=bar.update
@@ -232,7 +250,6 @@ def compute_reference(
         logprobs = table.logprobs
         say(f"reference log-likelihoods of {len(wanted)} sequences: {table.origin}")
     if config.retain_term == "kl":
-        kept = unique(s for s, role in members if role == Role.RETAIN)
         with tqdm(total=len(kept), desc="reference states", unit="seq", disable=not progress, leave=False) as bar:
             hidden = reference.ReferenceHidden.load_or_compute(
                 model, tokenizer, kept, config.reference_dir, max_tokens=config.max_tokens, progress=bar.update
