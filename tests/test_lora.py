@@ -452,6 +452,7 @@ DAMAGE = {
     "no base": (edited(base_model_name_or_path=None), "is None; a folder or a name on the hub is"),
     "another kind": (edited(peft_type="IA3"), "is of type IA3; LORA is accepted"),
     "dora": (edited(use_dora=True), "uses use_dora; plain LoRA is accepted"),
+    "a changed base": (edited(init_lora_weights="pissa"), "uses init_lora_weights pissa; plain LoRA is accepted"),
     "a whole layer": (edited(modules_to_save=["lm_head"]), "uses modules_to_save; plain LoRA is accepted"),
     "layers of another model": (edited(target_modules=["c_attn"]), "does not fit its base"),
     "more layers": (edited(target_modules=["q_proj", "lm_head"]), "is of another base"),

@@ -296,6 +296,8 @@ def _read(folder: str) -> dict[str, Any]:
     found = [name for name in _VARIANTS if values.get(name)]
     if values.get("bias", "none") != "none":
         found.append("bias")
+    if values.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
+        found.append(f"init_lora_weights {values['init_lora_weights']}")  # others change the base too
     if found:
         raise ValueError(f"model: the adapter in {folder!r} uses {', '.join(found)}; plain LoRA is accepted")
     return values

@@ -32,13 +32,13 @@ def option(help_text: str, **kwargs: Any) -> Any:
 class TrainConfig:
     """One unlearning run. Every field is a command-line option and a key of the configuration file."""
 
-    model: str = option("model to change: a folder, or a name on the model hub")
+    model: str = option("model to change: a folder (of a model or a LoRA adapter), or a name on the model hub")
     output: str = option("folder for checkpoints, metrics.jsonl and the final model")
     method: str = option("loss on the forget rows (see `unlearn train --list-methods`)")
     lr: float = option("peak learning rate of AdamW")
     epochs: int = option("passes over the forget rows")
     batch_size: int = option("forget rows (or chosen/rejected pairs) per optimizer step")
-    seed: int = option("seed of the data order, the retain draw and stochastic rounding")
+    seed: int = option("seed of the data order, the retain draw, stochastic rounding and new adapters")
     forget: str | None = option("rows to forget: a JSON-lines file or tofu:SPLIT", default=None)
     retain: str | None = option("rows to keep: a JSON-lines file or tofu:SPLIT", default=None)
     alternates: str | None = option(

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from unlearn.commands.common import add_model_options, loading, positive, print_metrics, quiet_transformers
+from unlearn.commands.common import MODEL_HELP, add_model_options, loading, positive, print_metrics, quiet_transformers
 
 
 def add(commands: Any) -> None:
@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
         help="probability, truth ratio, ROUGE-L, forget quality and model utility of a model",
         description="Evaluate a model on TOFU-shaped files (question, answer, perturbed_answer, paraphrased_answer).",
     )
-    parser.add_argument("--model", required=True, help="folder, or a name on the model hub")
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
     parser.add_argument("--forget", required=True, help="forget set: a file or tofu:SPLIT")
     parser.add_argument("--retain", help="retain set, for model utility")
     parser.add_argument("--real-authors", help="real authors set, for model utility")
