@@ -9,6 +9,7 @@ they are small, and nothing is gained by rounding them.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import warnings
@@ -346,10 +347,9 @@ def save(model: nn.Module, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {_PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
-    own = model.peft_config[_NAME]
-    own.inference_mode = True
-    own.save_pretrained(str(folder))
-    own.inference_mode = False
+    described = copy.copy(model.peft_config[_NAME])
+    described.inference_mode = True  # as peft writes it: who loads the folder decides whether to train it
+    described.save_pretrained(str(folder))
 
 
 def _peft() -> Any:
