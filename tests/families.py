@@ -24,11 +24,11 @@ _GEMMA = _GQA | {"head_dim": 8}
 WINDOW = 7
 
 
-def _of(config: type, model: type, values: dict[str, Any], **more: Any) -> Callable[[], Any]:
-    return lambda: model(config(**(values | more)))
+def _of(config: type, model: type, values: dict[str, Any], **more: Any) -> Callable[..., Any]:
+    return lambda **changes: model(config(**(values | more | changes)))
 
 
-FAMILIES: dict[str, Callable[[], Any]] = {
+FAMILIES: dict[str, Callable[..., Any]] = {
     "llama": _of(tf.LlamaConfig, tf.LlamaForCausalLM, _GQA),
     "llama-tied": _of(tf.LlamaConfig, tf.LlamaForCausalLM, _GQA, tie_word_embeddings=True),
     "qwen3": _of(tf.Qwen3Config, tf.Qwen3ForCausalLM, _GQA, head_dim=8),
@@ -69,10 +69,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }
 
 
-def family(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+def family(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, vocab: int = VOCAB) -> Any:
     """An unprepared model of this family, all of its weights random: no bias and no norm that would hide a mistake."""
     torch.manual_seed(seed)
-    model = FAMILIES[name]().to(dtype).eval()
+    model = FAMILIES[name](vocab_size=vocab).to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

@@ -110,6 +110,9 @@ def test_help(capsys, command):
         for name in ("npo", "simnpo", "altpo", *RECIPES):
             assert name in out
         assert ("--resume" in out) == (command == "train")
+        _, settings = out.split("\nsettings:")
+        for name in ("`unlearn train --list-methods`", *RECIPES):  # whole, so that it can be copied
+            assert name in settings.partition("\nmethods:")[0].replace("\n" + 24 * " ", " ")
     elif command == "eval":
         for flag in ("--model", "--forget", "--gold", "--json", "--real-authors", "--world-facts", "--max-rows"):
             assert flag in out

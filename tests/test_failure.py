@@ -85,9 +85,9 @@ def test_a_tokenizer_with_more_tokens_than_the_model(files, tmp_path, capsys, co
 
 ROWS = {
     "not JSON": (b"{oops\n", "not JSON: "),
-    "other columns": (b'{"title": "Who?", "text": "I."}\n', "are accepted; this row has title, text"),
-    "a number too long": (b'{"key": ' + b"1" * 5000 + b"}\n", "not JSON that can be read: "),
-    "lists without end": (b"[" * 200_000 + b"\n", "not JSON that can be read: "),
+    "other columns": (b'{"title": "Who?", "body": "I."}\n', "are accepted; this row has title, body"),
+    "a number too long": (b'{"key": ' + b"1" * 5000 + b"}\n", "integer string conversion"),
+    "lists without end": (b"[" * 200_000 + b"\n", "nested too deeply"),
     "not UTF-8": (b'{"question": "\xff"}\n', "not UTF-8 text"),
     "half a character": (b'{"question": "\\ud800", "answer": "I."}\n', "half of a surrogate pair"),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -59,12 +60,19 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """No line ends inside a name with hyphens: what is copied from --help works."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False, break_long_words=False)
+
+
 class _Parser(argparse.ArgumentParser):
     """Raises ValueError instead of printing the usage; `ending` is called when --help is asked for, not before."""
 
     def __init__(self, *, ending: Callable[[], str] = str, **kwargs: Any) -> None:
         # no abbreviations: half an option's name must not become another one's value with the next version
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
         self.ending = ending
 
     def format_help(self) -> str:

@@ -35,13 +35,13 @@ def option(help_text: str, **kwargs: Any) -> Any:
 class TrainConfig:
     """One unlearning run. Every field is a command-line option and a key of the configuration file."""
 
-    model: str = option("model to change: a folder, or a name on the model hub")
+    model: str = option("model to change: a folder (of a model or a LoRA adapter), or a name on the model hub")
     output: str = option("folder for checkpoints, metrics.jsonl and the final model")
     method: str = option("loss on the forget rows (see `unlearn train --list-methods`)")
     lr: float = option("peak learning rate of AdamW")
     epochs: int = option("passes over the forget rows")
     batch_size: int = option("forget rows (or chosen/rejected pairs) per optimizer step")
-    seed: int = option("seed of the data order, the retain draw and stochastic rounding")
+    seed: int = option("seed of the data order, the retain draw, stochastic rounding and new adapters")
     forget: str | None = option(
         "rows to forget: a file (JSON lines, JSON, CSV, Parquet, .txt), a folder of .txt files, tofu:SPLIT or "
         "muse:CORPUS/SUBSET/SPLIT",
@@ -79,6 +79,15 @@ class TrainConfig:
     )
     dtype: str = option("weights and activations: float32, or bfloat16 with stochastic rounding", default="bfloat16")
     device: str = option("cpu, cuda, cuda:1, ...; auto takes the GPU if there is one", default="auto")
+    lora: int | None = option("train LoRA adapters of this rank and leave the model's weights alone", default=None)
+    lora_alpha: int | None = option(
+        "alpha of the adapters, which count alpha / rank times (default: 2 rank)", default=None
+    )
+    lora_targets: str | None = option(
+        "linear layers that get an adapter, comma-separated (default: all-linear, which is all but the head)",
+        default=None,
+    )
+    lora_merge: bool = option("save the whole model with its adapters merged in, not the adapters", default=False)
     gradient_checkpointing: bool = option("recompute activations in the backward", default=False)
     save_every: int = option("optimizer steps between checkpoints (0: none before the end)", default=0)
     on_non_finite: str = option("stop or skip: what a NaN or inf loss or gradient does", default="stop")
@@ -101,7 +110,10 @@ class TrainConfig:
                 raise ValueError(f"{name}: {value} is not accepted; a finite number is")
             if plain is float and value and not _SMALLEST <= abs(value) <= _LARGEST:
                 raise ValueError(f"{name}: {value} is not accepted; 0 and magnitudes of {_SMALLEST} to {_LARGEST} are")
-        for name in ("lr", "epochs", "batch_size", "max_tokens", "retain_per_forget", "max_grad_norm", "max_length"):
+        for name in (
+            "lr", "epochs", "batch_size", "max_tokens", "retain_per_forget", "max_grad_norm", "max_length", "lora",
+            "lora_alpha",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: {value} is not accepted; a number above 0 is")
@@ -118,6 +130,9 @@ class TrainConfig:
         _one_of("retain_term", self.retain_term, RETAIN_TERMS)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("on_non_finite", self.on_non_finite, ("stop", "skip"))
+        for name in ("lora_alpha", "lora_targets", "lora_merge"):
+            if self.lora is None and getattr(self, name):
+                raise ValueError(f"{name}: given, but without lora (a rank) nothing would read it")
         if self.retain_term != "none" and self.retain is None:
             raise ValueError(f"retain: missing, and retain_term {self.retain_term} needs rows to keep")
         if self.retain is not None and self.retain_term == "none" and self.method != "finetune":

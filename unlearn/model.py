@@ -12,8 +12,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from unlearn import adapters
 from unlearn.attention import ATTENTION, Segments
 from unlearn.data import Item, PackedBatch, Role, Sequence, collate
+from unlearn_kernels.reference import logits
 
 # How each configuration names the factor on its logits; the packaged checks refuse a model whose head is otherwise.
 _LOGIT_MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
@@ -22,16 +24,21 @@ _LOGIT_DIVISORS = ("logits_scaling",)
 
 @dataclass(frozen=True)
 class Head:
-    """logits = softcap(logit_scale * (hidden weight^T + bias)). weight [V, H], bias [V] or None."""
+    """logits = softcap(logit_scale * (hidden weight^T + bias + s (hidden A^T) B^T)).
+
+    weight [V, H], bias [V] or None, lora (A [r, H], B [V, r], s) or None.
+    """
 
     weight: Tensor
     bias: Tensor | None
     logit_scale: float
     softcap: float | None
+    lora: adapters.LoRA | None = None
 
     def kwargs(self) -> dict[str, Any]:
         """The **head arguments of unlearn_kernels' functions."""
-        return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+        described = {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+        return described if self.lora is None else {**described, "lora": self.lora}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -49,8 +56,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model; of its base for an adapter that comes without one."""
     from transformers import AutoTokenizer
 
+    if not any((Path(name) / file).exists() for file in ("tokenizer.json", "tokenizer_config.json")):
+        name = adapters.base_of(name)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -62,8 +72,17 @@ def load_model(
 ) -> nn.Module:
     """A causal language model with packed attention, in evaluation mode (no dropout), its head checked.
 
-    Loads safetensors alone. Raises ValueError when the model is not there or its head is not understood.
+    name: a model's folder or name, or the folder of a LoRA adapter, which is put into the base that it names. Loads
+    safetensors alone. Raises ValueError when the model is not there or its head is not understood.
     """
+    base = adapters.base_of(name)
+    model = _load_whole(base, dtype, trust_remote_code)
+    if base != name:
+        adapters.load(model, name)
+    return prepare(model.to(device))
+
+
+def _load_whole(name: str, dtype: str | torch.dtype, trust_remote_code: bool) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     if isinstance(dtype, str):
@@ -84,7 +103,30 @@ def load_model(
     missing = sorted(found["missing_keys"])
     if missing:  # transformers fills them with random numbers and a warning
         raise ValueError(f"model: {name!r} lacks weights of {type(model).__name__}: {', '.join(missing[:3])}")
-    return prepare(model.to(device))
+    if adapters.layers(model):  # transformers fetches the base of an adapter on the hub by itself
+        raise ValueError(f"model: {name!r} is an adapter on the model hub; download it and give its folder")
+    return model
+
+
+def load_skeleton(name: str, *, dtype: str, trust_remote_code: bool = False) -> nn.Module:
+    """The model that a configuration describes, on the meta device: parameters without values.
+
+    name: as load_model takes it. Raises ValueError where there is no configuration that makes a model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    base = adapters.base_of(name)
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ValueError(f"model: no configuration of a model in {base!r} ({_first_line(error)})") from None
+    if base != name:
+        adapters.describe(model, name)
+    return model
 
 
 def prepare(model: nn.Module) -> nn.Module:
@@ -103,16 +145,18 @@ def _first_line(error: BaseException) -> str:
 
 def head_of(model: nn.Module) -> Head:
     """The output head of a transformers causal language model."""
-    layer = model.get_output_embeddings()
-    if layer is None:
+    wrapped = model.get_output_embeddings()
+    if wrapped is None:
         raise ValueError(f"model: {type(model).__name__} has no output head")
+    layer, lora = adapters.parts(wrapped)
     config = model.config.get_text_config()
     scale = 1.0
     for name in _LOGIT_MULTIPLIERS:
         scale *= getattr(config, name, None) or 1.0
     for name in _LOGIT_DIVISORS:
         scale /= getattr(config, name, None) or 1.0
-    return Head(layer.weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(layer.weight, getattr(layer, "bias", None), scale, softcap, lora)
 
 
 def hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
@@ -166,12 +210,7 @@ def check_head(model: nn.Module) -> None:
     device = next(model.parameters()).device
     batch = collate([Item(Sequence(str(s), row, 1), Role.FORGET) for s, row in enumerate(ids)]).to(device)
     head, dtype = head_of(model), next(model.parameters()).dtype
-    logits = (hidden_states(model, batch) @ head.weight.T.to(dtype)).float()
-    if head.bias is not None:
-        logits = logits + head.bias.float()
-    logits = logits * head.logit_scale
-    if head.softcap:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
+    found = logits(hidden_states(model, batch), head.weight, **head.kwargs()).float()
     with generating(model):
         own = [model(input_ids=torch.tensor([row[:-1]], device=device)).logits[0].float() for row in ids]
     expected = torch.cat(own)
@@ -179,7 +218,7 @@ def check_head(model: nn.Module) -> None:
         raise ValueError(f"model: the logits of this {type(model).__name__} are not finite; its weights are broken")
     # The whole table's error against its size, so that the measure does not depend on how large logits are. bf16 loses
     # a per cent or two over a deep model; a factor that is not known here is further off.
-    error = ((logits - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+    error = ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
     if not error <= (1e-3 if dtype in (torch.float32, torch.float64) else 0.05):
         raise ValueError(
             f"model: {type(model).__name__}'s logits differ from its head applied to its hidden states by {error:.2g}"
@@ -191,6 +230,7 @@ def max_positions(name: str, *, trust_remote_code: bool = False) -> int | None:
     """The longest sequence that a model's configuration allows, None where it names none."""
     from transformers import AutoConfig
 
+    name = adapters.base_of(name)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 # float32 temporaries of one parameter slice; a 128256 x 4096 head taken whole would need 2 GiB for each of four
 _SLICE_NUMEL = 1 << 24
+# of the two states of a weight of 4 bytes or fewer
+STATE_BYTES = 8
 _DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 

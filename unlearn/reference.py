@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from unlearn import adapters
 from unlearn.attention import ATTENTION
 from unlearn.data import Sequence
 from unlearn.files import check_writable, naming
@@ -39,26 +40,46 @@ _NOT_THE_FUNCTION = ("_name_or_path", "transformers_version", "use_cache", "dtyp
 def identity(model: nn.Module, tokenizer: Any) -> dict[str, str]:
     """What the reference values depend on beside the sequences: model, tokenizer, template and code path."""
     weights = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(adapters.function_state(model).items()):
         weights.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         weights.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    words = {key: value for key, value in words.items() if key not in ("truncation", "padding")}  # of the last call
     # what the weights do not say: rotary base, windows, scales
     config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_THE_FUNCTION}
     parameter = next(model.parameters())
     return {
         "model": weights.hexdigest(),
         "model configuration": _digest(config),
-        "tokenizer": _digest(words),
-        "chat template": _digest(getattr(tokenizer, "chat_template", None)),
+        **_text_identity(tokenizer),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": parameter.device.type,
         "attention": ATTENTION,
         "kernels": backends.choose(parameter, head_of(model).weight, None).name,
         "format": "1",
     }
+
+
+def _text_identity(tokenizer: Any) -> dict[str, str]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    words = {key: value for key, value in words.items() if key not in ("truncation", "padding")}  # of the last call
+    return {"tokenizer": _digest(words), "chat template": _digest(getattr(tokenizer, "chat_template", None))}
+
+
+def look(path: Path, tokenizer: Any, dtype: str, sequences: Iterable[Sequence]) -> str | None:
+    """What a run would find at `path`, as far as it can be said without the weights: None for nothing, "complete", or
+    why it would be refused."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        _check_identity(path, metadata, {**_text_identity(tokenizer), "dtype": dtype})
+        _check_present(path, unique(sequences), _listed(metadata, "keys"))
+    except (SafetensorError, OSError) as error:
+        return _damaged(path, str(error))
+    except ValueError as error:
+        return str(error)
+    return "complete"
 
 
 def _digest(value: Any) -> str:
@@ -170,19 +191,21 @@ def tolerance(batch_lengths: Iterable[int], dtype: torch.dtype) -> Tensor:
 
 
 class ReferenceHidden:
-    """The reference's last hidden states at the retain answer positions and a copy of its head, for KL retain.
+    """The reference's last hidden states at the retain answer positions and its head, for KL retain.
 
-    Costs: a file of (answer tokens x H) values, read through a memory map, and one V x H matrix beside the model;
-    `cost()` says both in bytes. The reference model itself is not kept.
+    Costs: a file of (answer tokens x H) values, read through a memory map, and one V x H matrix beside the model, none
+    where the head is frozen, which is then its own reference; `cost()` says both in bytes. The reference model itself
+    is not kept.
 
     A head with a bias is stored as one without: linear_kl takes none for the reference, so the bias becomes columns of
     the weight, against ones in the hidden states.
     """
 
-    def __init__(self, path: Path, weight: Tensor, spans: dict[str, tuple[int, int]]) -> None:
-        """weight [V, H']; spans: content_key -> first and last + 1 row of the file's hidden [rows, H']."""
+    def __init__(self, path: Path, weight: Tensor, spans: dict[str, tuple[int, int]], *, resident: int) -> None:
+        """weight [V, H'], `resident` bytes of it the reference's own; spans: content_key -> first and last + 1 row of
+        the file's hidden [rows, H']."""
         self.weight = weight
-        self._path, self._spans = path, spans
+        self._path, self._spans, self._resident = path, spans, resident
         self._file = safe_open(path, framework="pt")
         self._rows = self._file.get_slice("hidden")
 
@@ -204,12 +227,17 @@ class ReferenceHidden:
         wanted = unique(sequences)
         own = identity(model, tokenizer)
         head = head_of(model)
-        weight = _with_bias_columns(head.weight.detach(), head.bias)
+        if head.lora is not None and bool(head.lora[1].any()):
+            raise ValueError("retain_term: kl is not accepted where the model's adapter has changed its head")
+        weight, resident = head.weight.detach(), 0
+        if needs_own_head(head.weight, head.bias):
+            weight = _with_bias_columns(weight, head.bias)
+            resident = weight.numel() * weight.element_size()
         path = directory / HIDDEN_FILE
         if path.exists():
             spans = _read_spans(path, own, weight)
             _check_present(path, wanted, spans)
-            return ReferenceHidden(path, weight, spans)
+            return ReferenceHidden(path, weight, spans, resident=resident)
         check_writable("reference_cache", directory)
         lengths = [sequence.num_answer_tokens for sequence in wanted]
         stored = torch.empty(sum(lengths), weight.shape[1], dtype=weight.dtype)
@@ -221,7 +249,7 @@ class ReferenceHidden:
             _fill_bias_ones(stored, head.weight.shape[1])
         keys = [sequence.content_key for sequence in wanted]
         _save(path, {"hidden": stored}, own | {"keys": ",".join(keys), "lengths": ",".join(map(str, lengths))})
-        return ReferenceHidden(path, weight, _spans(keys, lengths))
+        return ReferenceHidden(path, weight, _spans(keys, lengths), resident=resident)
 
     def rows(self, sequences: Iterable[Sequence]) -> Tensor:
         """[M, H']: the stored states of these sequences, one after the other, on the head's device."""
@@ -230,7 +258,12 @@ class ReferenceHidden:
 
     def cost(self) -> tuple[int, int]:
         """(bytes on disk, bytes resident)."""
-        return self._path.stat().st_size, self.weight.numel() * self.weight.element_size()
+        return self._path.stat().st_size, self._resident
+
+
+def needs_own_head(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the reference's head is a matrix of its own: the policy's is about to change, or has a bias."""
+    return weight.requires_grad or bias is not None
 
 
 # Columns that a bias takes: one would do, eight keep rows aligned for the matrix units.

@@ -1,8 +1,9 @@
 """The files of a run: metrics.jsonl, checkpoints, the saved model, and where its numbers come from.
 
 OUTPUT/metrics.jsonl     a header line (configuration, provenance), then a line per optimizer step
-OUTPUT/checkpoints/      unlearn.checkpoint's numbered folders: weights, optimizer, step and length of metrics.jsonl
-OUTPUT/model/            the final model as transformers loads it
+OUTPUT/checkpoints/      unlearn.checkpoint's numbered folders: weights (adapters alone where these are what is
+                         trained), optimizer, step and length of metrics.jsonl
+OUTPUT/model/            the final model as transformers loads it, or its adapter as peft does
 OUTPUT/lock              held while a run is at work, see alone_in
 """
 
@@ -24,11 +25,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 from torch import nn
 
-from unlearn import __version__, checkpoint
+from unlearn import __version__, adapters, checkpoint
 from unlearn.batches import Step
 from unlearn.files import holding, naming
 from unlearn.memory import is_out_of_memory
@@ -189,8 +191,12 @@ def save_checkpoint(output: Path, step: int, model: nn.Module, optimizer: AdamWS
     """Raises OSError naming the file that could not be written, and leaves the checkpoint before as the latest."""
 
     def write(folder: Path) -> None:
-        with naming(folder / _WEIGHTS):
-            save_weights(model, str(folder / _WEIGHTS))
+        if trained := adapters.state(model):
+            with naming(folder / adapters.WEIGHTS_FILE):
+                save_file(trained, folder / adapters.WEIGHTS_FILE)
+        else:
+            with naming(folder / _WEIGHTS):
+                save_weights(model, str(folder / _WEIGHTS))
         _save_optimizer(optimizer.state_dict(), folder / _OPTIMIZER)
         state = {"step": step, "metrics_bytes": metrics.sync()}
         with naming(folder / _STATE):
@@ -224,7 +230,10 @@ def load_checkpoint(output: Path, model: nn.Module, optimizer: AdamWSR, metrics:
         step, num_bytes = int(state["step"]), int(state["metrics_bytes"])
         if step != checkpoint.step_of(folder):
             raise ValueError(f"{_STATE} is of step {step}")
-        load_weights(model, folder / _WEIGHTS)
+        if adapters.layers(model):
+            adapters.load_state(model, load_file(folder / adapters.WEIGHTS_FILE))
+        else:
+            load_weights(model, folder / _WEIGHTS)
         # Through the CPU: the file may come from another GPU, and the optimizer moves its states to its weights.
         # weights_only: a checkpoint may come from a stranger, and a pickle runs what it names.
         optimizer.load_state_dict(torch.load(folder / _OPTIMIZER, weights_only=True, map_location="cpu"))
@@ -240,7 +249,7 @@ def load_checkpoint(output: Path, model: nn.Module, optimizer: AdamWSR, metrics:
 
 
 def save_pretrained(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """The model and tokenizer as transformers loads them: on disk before they replace what `folder` held.
+    """The model, or its adapters alone, and the tokenizer: on disk before they replace what `folder` held.
 
     A kill between the two renames leaves the earlier model beside it as .NAME.old; the run's resume writes it anew.
     """
@@ -248,7 +257,10 @@ def save_pretrained(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
     try:
         with naming(folder):
-            model.save_pretrained(temporary)
+            if adapters.layers(model):
+                adapters.save(model, temporary)
+            else:
+                model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
         checkpoint.fsync_tree(temporary)
         if folder.exists():
@@ -284,6 +296,7 @@ def provenance(model: nn.Module) -> dict[str, Any]:
     import transformers
 
     device = next(model.parameters()).device
+    trained, whole = adapters.num_parameters(model)
     here = Path(__file__).resolve().parent
     return {
         "unlearn": __version__,
@@ -294,7 +307,9 @@ def provenance(model: nn.Module) -> dict[str, Any]:
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": whole,
+        "trained_parameters": trained,
+        "lora": adapters.settings(model),
         "command": " ".join(sys.argv),
     }
 

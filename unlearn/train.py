@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from unlearn import reference
+from unlearn import adapters, reference
 from unlearn.batches import Step, TrainingSet, all_steps, num_steps_per_epoch, with_reference
 from unlearn.config import TrainConfig
-from unlearn.data import Item, PackedBatch, Role, collate, pack
+from unlearn.data import Item, PackedBatch, Role, Sequence, collate, pack
 from unlearn.memory import peak_mib, reset_peak
 from unlearn.methods import METHODS, BatchLoss, StepTotals, batch_loss, check_config
 from unlearn.model import check_ids, head_of, hidden_states
@@ -121,6 +121,8 @@ def train(
 ) -> TrainResult:
     """Change `model` in place as `config` says and leave checkpoints, metrics.jsonl and the final model in its output.
 
+    With config.lora the model gets adapters, or keeps those that it came with, and they alone are trained.
+
     after_step(k) is called when k optimizer steps are done, and with 0 before the first; its time and memory
     are not counted.
     Raises ValueError for what the user can mend, NonFiniteError and InvariantError as their names say.
@@ -128,10 +130,9 @@ def train(
     method = check_config(config)
     output, device = Path(config.output), next(model.parameters()).device
     plan = all_steps(data, config)
-    warmup_steps = round(min(config.warmup_epochs, config.epochs) * num_steps_per_epoch(data, config))
-    rates = [config.lr * linear_schedule(step.index, len(plan), warmup_steps) for step in plan]
-    if not any(rates):  # a warm-up starts at 0
-        raise ValueError(f"warmup_epochs: {config.warmup_epochs} keeps the only step at a rate of 0; 0 is accepted")
+    rates = learning_rates(config, data, len(plan))
+    if config.lora is not None:
+        adapters.attach(model, config)
     header = {
         "config": config.to_dict(),
         "provenance": provenance(model),
@@ -141,8 +142,11 @@ def train(
     check_ids(model, unique(sequence for step in plan for sequence in step.sequences()))
     with contextlib.ExitStack() as stack:
         metrics = stack.enter_context(open_output(output, header, resume=resume, say=say))
+        if config.lora is not None:
+            say(adapters.line(model))
         stack.enter_context(repeatable(model, recompute=config.gradient_checkpointing))
-        ref = compute_reference(config, model, tokenizer, plan, say=say, progress=progress)
+        with adapters.as_reference(model):
+            ref = compute_reference(config, model, tokenizer, plan, say=say, progress=progress)
         optimizer = AdamWSR(
             [p for p in model.parameters() if p.requires_grad],
             lr=config.lr,
@@ -175,7 +179,8 @@ def train(
                 rehearsal = None
                 first = step.index == 0 and tally.num_packs == 0
                 if first and method.reference:
-                    rehearsal = _forward(model, batch, items, config, totals, ref).logprobs
+                    with adapters.as_reference(model):
+                        rehearsal = _forward(model, batch, items, config, totals, ref).logprobs
                 result = _forward(model, batch, items, config, totals, ref)
                 if rehearsal is not None:
                     bar.clear()
@@ -211,8 +216,19 @@ def train(
         found = TrainResult(len(plan) - done, seconds, ref.seconds, max(peak, peak_mib(device)))
     if save_model:
         check_weights(model, len(plan), broken)
+        if config.lora_merge:
+            say(adapters.merge_line(adapters.merge(model), config.dtype))
         save_pretrained(model, tokenizer, output / MODEL_FOLDER)
     return found
+
+
+def learning_rates(config: TrainConfig, data: TrainingSet, num_steps: int) -> list[float]:
+    """The rate of each step. Raises ValueError where all of them are zero."""
+    warmup_steps = round(min(config.warmup_epochs, config.epochs) * num_steps_per_epoch(data, config))
+    rates = [config.lr * linear_schedule(step, num_steps, warmup_steps) for step in range(num_steps)]
+    if not any(rates):  # a warm-up starts at 0
+        raise ValueError(f"warmup_epochs: {config.warmup_epochs} keeps the only step at a rate of 0; 0 is accepted")
+    return rates
 
 
 def _forward(
@@ -228,6 +244,16 @@ def _forward(
 # -------------------------------------------------------------------------------------------------------- reference
 
 
+def reference_sequences(config: TrainConfig, plan: list[Step]) -> tuple[list[Sequence], list[Sequence]]:
+    """(what needs a reference log-likelihood, what needs reference states) of the sequences that the plan will use."""
+    members = [member for step in plan for group in step.groups for member in group]
+    scored: list[Sequence] = []
+    if METHODS[config.method].reference:
+        scored = [s for s, role in members if role != Role.RETAIN] + [s for step in plan for s in step.refusals]
+    kept = [s for s, role in members if role == Role.RETAIN and config.retain_term == "kl"]
+    return unique(scored), unique(kept)
+
+
 def compute_reference(
     config: TrainConfig, model: nn.Module, tokenizer: Any, plan: list[Step], *, say: Say, progress: bool
 ) -> Reference:
@@ -235,10 +261,8 @@ def compute_reference(
     start = time.perf_counter()
     logprobs: dict[str, float] = {}
     hidden = None
-    members = [member for step in plan for group in step.groups for member in group]
+    wanted, kept = reference_sequences(config, plan)
     if METHODS[config.method].reference:
-        wanted = [s for s, role in members if role != Role.RETAIN] + [s for step in plan for s in step.refusals]
-        wanted = unique(wanted)
         with tqdm(total=len(wanted), desc="reference", unit="seq", disable=not progress, leave=False) as bar:
             table = reference.load_or_compute(
                 model, tokenizer, wanted, config.reference_dir, max_tokens=config.max_tokens, progress=bar.update
@@ -246,7 +270,6 @@ def compute_reference(
         logprobs = table.logprobs
         say(f"reference log-likelihoods of {len(wanted)} sequences: {table.origin}")
     if config.retain_term == "kl":
-        kept = unique(s for s, role in members if role == Role.RETAIN)
         with tqdm(total=len(kept), desc="reference states", unit="seq", disable=not progress, leave=False) as bar:
             hidden = reference.ReferenceHidden.load_or_compute(
                 model, tokenizer, kept, config.reference_dir, max_tokens=config.max_tokens, progress=bar.update

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from unlearn.commands.common import add_model_options, loading, positive, quiet_transformers
+from unlearn.commands.common import MODEL_HELP, add_model_options, loading, positive, quiet_transformers
 
 
 def add(commands: Any) -> None:
@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
         help="sample alternate answers to the forget rows from the model itself, for altpo and simpo",
         description="Write JSON lines of the forget rows with `alternates`, which `unlearn train --alternates` reads.",
     )
-    parser.add_argument("--model", required=True, help="folder, or a name on the model hub: the model to unlearn")
+    parser.add_argument("--model", required=True, help=f"the model to unlearn: {MODEL_HELP}")
     parser.add_argument("--forget", required=True, help="forget set: a file or tofu:SPLIT")
     parser.add_argument("--fields", metavar="NAME=COLUMN,...", help="your own column names: question=ask,answer=reply")
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines, written batch by batch")

@@ -8,6 +8,8 @@ import json
 import os
 from collections.abc import Iterator
 
+MODEL_HELP = "folder of a model or of a LoRA adapter, or a name on the model hub"
+
 
 def positive(text: str) -> int:
     value = int(text)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unlearn.commands.common import (
+    MODEL_HELP,
     add_data_options,
     add_model_options,
     loading,
@@ -29,7 +30,7 @@ def add(commands: Any) -> None:
         description="Evaluate a model on TOFU-shaped files (question, answer, perturbed_answer, paraphrased_answer), "
         "or on documents (.txt files, a text column), from which nothing is generated; `unlearn muse` does.",
     )
-    parser.add_argument("--model", required=True, help="folder, or a name on the model hub")
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
     parser.add_argument("--forget", required=True, help="forget set: a file, a folder of .txt files, tofu:SPLIT, ...")
     parser.add_argument("--retain", help="retain set, for model utility")
     parser.add_argument("--real-authors", help="real authors set, for model utility")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ def _add(commands: Any, name: str, summary: str, run: Any) -> None:
     if name == "train":
         parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
         parser.add_argument("--list-methods", action="store_true", help="print the methods and recipes, and stop")
+        parser.add_argument(
+            "--dry-run", action="store_true", help="show what the run would do, read no weights, write nothing"
+        )
+        parser.add_argument("--json", action="store_true", help="with --dry-run: print JSON alone on standard output")
     settings = parser.add_argument_group("settings")
     for field in dataclasses.fields(TrainConfig):
         plain, _ = field_types()[field.name]
@@ -64,22 +69,34 @@ def _config(args: argparse.Namespace) -> TrainConfig:
     return build(recipe=None, file_values=file_values, overrides=values)
 
 
-def _load(config: TrainConfig) -> tuple[Any, Any, Any]:
-    """(model, tokenizer, training set): the cheap checks first, the weights last."""
+def _load_data(config: TrainConfig) -> tuple[Any, Any]:
+    """(tokenizer, training set): everything but the weights."""
     from unlearn.batches import load_training_set
     from unlearn.methods import check_config
-    from unlearn.model import load_model, load_tokenizer, max_positions, resolve_device
+    from unlearn.model import load_tokenizer, max_positions
 
     check_config(config)
     quiet_transformers()
+    with loading(config.model):
+        tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+        longest = max_positions(config.model, trust_remote_code=config.trust_remote_code)
+    return tokenizer, load_training_set(config, tokenizer, max_length=config.max_length or longest)
+
+
+def _load(config: TrainConfig) -> tuple[Any, Any, Any]:
+    """(model, tokenizer, training set): the cheap checks first, the weights last."""
+    from unlearn import adapters
+    from unlearn.methods import check_config
+    from unlearn.model import load_model, resolve_device
+
+    check_config(config)
     device = resolve_device(config.device)
+    tokenizer, data = _load_data(config)
     trust = config.trust_remote_code
     with loading(config.model):
-        tokenizer = load_tokenizer(config.model, trust_remote_code=trust)
-        longest = max_positions(config.model, trust_remote_code=trust)
-    data = load_training_set(config, tokenizer, max_length=config.max_length or longest)
-    with loading(config.model):
         model = load_model(config.model, dtype=config.dtype, device=device, trust_remote_code=trust)
+    if config.lora is None and adapters.layers(model):
+        print(adapters.merge_line(adapters.merge(model), config.dtype))
     return model, tokenizer, data
 
 
@@ -87,10 +104,14 @@ def _train(args: argparse.Namespace) -> int:
     if args.list_methods:
         print(_methods_and_recipes())
         return 0
+    config = _config(args)
+    if args.dry_run:
+        return _dry_run(config, args)
+    if args.json:
+        raise ValueError("json: given, but without --dry-run nothing would read it")
     from unlearn.runfiles import is_finished
     from unlearn.train import MODEL_FOLDER, train
 
-    config = _config(args)
     if args.resume and is_finished(Path(config.output), config.to_dict()):
         print(f"the run in {config.output} is finished; its model is in {Path(config.output) / MODEL_FOLDER}")
         return 0
@@ -100,6 +121,25 @@ def _train(args: argparse.Namespace) -> int:
         f"{result.num_steps} steps in {result.seconds:.1f} s (reference {result.reference_seconds:.1f} s), "
         f"peak memory {result.peak_memory_mib:.0f} MiB; the model is in {Path(config.output) / MODEL_FOLDER}"
     )
+    return 0
+
+
+def _dry_run(config: TrainConfig, args: argparse.Namespace) -> int:
+    from unlearn import adapters
+    from unlearn.dryrun import dry_run, lines
+    from unlearn.model import load_skeleton
+
+    if args.resume:
+        raise ValueError("resume: given, but a dry run does nothing that could be resumed")
+    tokenizer, data = _load_data(config)
+    with loading(config.model):
+        skeleton = load_skeleton(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+    if config.lora is not None:
+        adapters.attach(skeleton, config)
+    elif adapters.layers(skeleton):
+        adapters.strip(skeleton)
+    found = dry_run(config, skeleton, tokenizer, data)
+    print(json.dumps(found, allow_nan=False) if args.json else "\n".join(lines(found)))
     return 0
 
 
