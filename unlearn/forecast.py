@@ -56,7 +56,12 @@ def forecast(config: TrainConfig, model: nn.Module, steps: list[Step], *, say: C
         say(f"memory plan: none ({error})")
         return Forecast(None, device, held)
     load = run_load(config, steps)
-    on = Measures(checkpointing=config.gradient_checkpointing, itemsize=next(model.parameters()).itemsize)
+    on = Measures(
+        checkpointing=config.gradient_checkpointing,
+        adapter=None if config.lora is None else "lora",
+        rank=config.lora or 0,
+        itemsize=2 if config.dtype == "bfloat16" else 4,
+    )
     gpu = float(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
     budget = Budget(gpu, workspace=Options().workspace(device))
     plan = make(shape, load, on, budget)
@@ -68,7 +73,7 @@ def forecast(config: TrainConfig, model: nn.Module, steps: list[Step], *, say: C
         f" ({plan.peak_moment}: {', '.join(parts) or 'less than 1 each'})"
     )
     if not plan.fits:
-        wanted = Wanted(optimizer=on.optimizer, itemsize=on.itemsize, built_only=True)
+        wanted = Wanted(on.optimizer, on.adapter, on.rank, on.itemsize, built_only=True)
         other = choose(shape, load, budget, wanted)
         advice = "--gradient-checkpointing would do" if other.fits else "shorter sequences or a smaller --max-tokens"
         say(f"warning: that and a reserve are {-plan.headroom / MIB:.0f} MiB more than the GPU has; {advice}")

@@ -163,7 +163,7 @@ MEASURES = {
     "adamw8bit": Measure("8-bit states in blocks of 256", False),
     "adafactor": Measure("row and column sums for states; another algorithm, planned only where asked for", False),
     "step in backward": Measure("a weight is stepped once its gradient is there, which is dropped", False),
-    "lora": Measure("adapters of rank R on every linear layer; the model frozen in bf16", False),
+    "lora": Measure("float32 adapters of rank R on every linear layer; the model frozen (--lora R)", True),
     "qlora": Measure("the same; the layers' matrices in 4 bits", False),
 }
 # Bytes of optimizer states per trained weight; 8 bits: two states of one byte and a float32 scale for each 256.
@@ -244,17 +244,19 @@ def trained_params(shape: Shape, on: Measures) -> int:
 
 
 def weight_bytes(shape: Shape, on: Measures) -> float:
-    """b per weight; under qlora the layers' matrices in 4 bits. Adapters are added in b."""
+    """b per weight; under qlora the layers' matrices in 4 bits. Adapters are float32."""
     total = float(on.itemsize * shape.params)
     if on.adapter == "qlora":
         total -= (on.itemsize - _NF4_BYTES) * shape.layers * shape.layer_matmul_params
-    return total + (on.itemsize * adapter_params(shape, on.rank) if on.adapter else 0)
+    return total + (FLOAT32 * adapter_params(shape, on.rank) if on.adapter else 0)
 
 
 def gradient_bytes(shape: Shape, on: Measures) -> float:
     """b per trained weight; stepped in the backward, those of the largest single piece: the head, or a tiled layer,
     whose gradients come together."""
-    if not on.in_backward or on.adapter:
+    if on.adapter:
+        return float(FLOAT32 * trained_params(shape, on))
+    if not on.in_backward:
         return float(on.itemsize * trained_params(shape, on))
     return float(on.itemsize * max(shape.head_params, shape.layer_params if on.tiled else _largest_matrix(shape)))
 
@@ -285,13 +287,15 @@ def saved_bytes_per_token(shape: Shape, on: Measures, *, mixed: bool = False) ->
     Each norm its input in float32, the normalised rows and its output, 2 (f + 2b) H; attention q, k and v at all heads
     (packed attention repeats the key heads), its output and logsumexp, 4bQ + f heads; the MLP gate, silu(gate), up and
     their product, 4bI. Norms of q and k their input in float32 and the normalised rows. Sequences of several lengths:
-    q, k, v and output up to a quarter longer, and the output once more, in the pack's order.
+    q, k, v and output up to a quarter longer, and the output once more, in the pack's order. Adapters each keep their
+    input in float32, f(5H + Q + I): derived, not counted.
     """
     b, h, q = on.itemsize, shape.hidden, shape.q_width
     norms = 2 * (FLOAT32 + 2 * b) * h
     attention = (6 if mixed else 4) * b * q + FLOAT32 * shape.heads
     extra = (FLOAT32 + b) * (q + shape.kv_width) if shape.qk_norm else 0
-    return norms + attention + extra + 4 * b * shape.intermediate
+    adapter = FLOAT32 * (5 * h + q + shape.intermediate) if on.adapter and b < FLOAT32 else 0
+    return norms + attention + extra + adapter + 4 * b * shape.intermediate
 
 
 def layer_bytes(shape: Shape, load: Load, on: Measures) -> float:
