@@ -22,12 +22,13 @@ import torch
 import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from unlearn.memory import LiveStorages
 from unlearn_kernels import backends, checks, deferred, functions, options, triton_backend, triton_tuning
 
 # target: the family of configurations it is served with
@@ -103,6 +104,33 @@ class Launch:
         with on_target(self.target):
             return _run_on_device(self.kernel, *self.args, grid=self.grid, warmup=True, **self.kwargs)
 
+    def ttir(self) -> str:
+        """Triton's IR of this launch, functions inlined: a tenth of a compilation's time."""
+        self.key()  # the first use on a device sets the kernel's compiler
+        with mock.patch.object(self.kernel, "compile", _lower):
+            try:
+                self.compile()
+            except _Lowered as found:
+                return str(found)
+        raise AssertionError(f"{self.name}: compiled before in this process, so that nothing was lowered")
+
+
+class _Lowered(Exception):
+    """Carries the IR out of triton's run, which would store and load a binary next."""
+
+
+def _lower(source: Any, target: GPUTarget, options: dict[str, Any]) -> None:
+    """triton.compile's first stage."""
+    backend, context = make_backend(target), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    parsed = backend.parse_options(dict(options) | source.parse_options())
+    codegen = backend.get_codegen_implementation(parsed)
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, parsed, source.language)
+    module = source.make_ir(target, parsed, codegen, backend.get_module_map(), context)
+    raise _Lowered(str(stages["ttir"](module, {})))
+
 
 @contextlib.contextmanager
 def on_target(name: str) -> Iterator[NoDevice]:
@@ -123,54 +151,32 @@ class Product:
 class Recording:
     launches: list[Launch] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
-    peak_bytes: int = 0
-    peak_buffers: list[tuple[int, str]] = field(default_factory=list)
 
     def distinct(self) -> list[Launch]:
         """One launch for each binary."""
         return list({launch.key(): launch for launch in self.launches}.values())
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(LiveStorages):
     """Library products, and which storages are alive at the moment when they take the most memory."""
 
     def __init__(self, recording: Recording) -> None:
-        super().__init__()
         self.recording = recording
-        self.ignored: set[int] = set()
-        self.live: dict[int, tuple[Any, int, str]] = {}
         self.exponentials: set[int] = set()
+        super().__init__()
 
-    def ignore(self, tensor: Tensor) -> None:
-        """An input of the caller's: alive throughout, and not counted."""
-        self.ignored.add(tensor.untyped_storage()._cdata)
-        self.live.pop(tensor.untyped_storage()._cdata, None)
-        self.recording.peak_bytes = 0
+    def forget_dead(self) -> None:
+        super().forget_dead()
+        self.exponentials &= set(self.live)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         name = func.overloadpacket.__name__
         if name in ("mm", "addmm", "addmm_"):
             x, y = args[:2] if name == "mm" else args[1:3]
             read = [t.numel() * t.itemsize for t in (x, y) if t.untyped_storage()._cdata in self.exponentials]
             self.recording.products.append(Product(2 * x.shape[0] * x.shape[1] * y.shape[1], sum(read)))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._see(leaf, name)
         return out
-
-    def _see(self, tensor: Tensor, name: str) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata in self.ignored or storage._cdata in self.live:
-            return
-        weak = torch.multiprocessing.reductions.StorageWeakRef(storage)
-        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
-        self.exponentials &= set(self.live)
-        self.live[storage._cdata] = (weak, storage.nbytes(), f"{name} {list(tensor.shape)} {tensor.dtype}")
-        total = sum(entry[1] for entry in self.live.values())
-        if total > self.recording.peak_bytes:
-            self.recording.peak_bytes = total
-            self.recording.peak_buffers = sorted((entry[1:] for entry in self.live.values()), reverse=True)[:12]
 
 
 def _stand_in(value: Any) -> Any:

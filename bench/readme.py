@@ -237,6 +237,35 @@ def gpu_train_table() -> str:
     return _markdown(lines) + _gpu_source("gpu_train", rows[-1])
 
 
+def plan_table() -> str:
+    """The longest context by model, GPU and what is trained; each line says whether it was planned or measured."""
+    rows = read("plan")
+    if not rows:
+        return "No rows yet: `python -m bench.plan_table` makes `bench/results/plan.jsonl`."
+    lines = [["model", "GPU", "trained", "longest context", "with what is built", "s per step", "allocated + reserve",
+              "host", "measures (* not built)", ""], ["---", "---:", "---", *["---:"] * 5, "---", "---"]]  # fmt: skip
+    for row in rows:
+        cells = ["none", _thousands(row["context_built"]), "", "", "", ""]
+        if row["context"]:
+            names = [name + "*" * (name in row["not_built"]) for name in row["measures"]]
+            memory = f"{row['allocated_gib']:.1f} + {row['reserve_gib']:.1f} GiB"
+            host = f"{row['host_used_gib']:.0f} GiB" if row["host_used_gib"] else ""
+            seconds = f"{row['seconds']:.0f}"
+            cells = [_thousands(row["context"]), cells[1], seconds, memory, host, ", ".join(names)]
+        lines.append([row["model"], f"{row['gpu_gb']} GB", row["way"], *cells, row["kind"]])
+    first = rows[0]
+    dirty = " with uncommitted changes" if first["dirty"] else ""
+    return _markdown(lines) + (
+        f"\n\nRows: `bench/results/plan.jsonl`, computed by `python -m bench.plan_table` at {first['commit']}{dirty}; "
+        f"nothing here ran. A step is one document to forget and one to keep, each of that length, a forward each; "
+        f"a host of {first['host_gib']} GiB; LoRA of rank 16. `unlearn plan --help` states the rates."
+    )
+
+
+def _thousands(tokens: int) -> str:
+    return f"{tokens // 1024}k" if tokens else "none"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "tofu": tofu_table,
@@ -248,6 +277,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-kernels": gpu_kernels_table,
     "gpu-peers": gpu_peers_table,
     "gpu-train": gpu_train_table,
+    "plan": plan_table,
 }
 
 

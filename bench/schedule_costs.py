@@ -129,7 +129,7 @@ def cost(schedule: Schedule, target: str, rows: int, width: int, vocab: int) -> 
         "e_read": sum(product.e_bytes for product in record.products) / (2 * rows * vocab),
         "weight_passes": sum(map(weight_passes, record.launches)),
         "launches": len(record.launches),
-        "peak_mib": record.peak_bytes / (1 << 20),
+        "peak_mib": watch.peak_bytes / (1 << 20),
     }
 
 

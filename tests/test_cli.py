@@ -368,7 +368,8 @@ def test_train_with_a_file_and_options(files, tmp_path, capfd):
     header, *rows = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
     assert len(rows) == 4 and header["config"]["recipe"] == "tofu-npo-rt" and header["config"]["beta"] == 0.1
     assert header["config"]["gradient_checkpointing"] is True
-    first, second, last = out.splitlines()
+    plan, first, second, peak, last = out.splitlines()
+    assert plan.startswith("memory plan: ") and peak.startswith("peak memory: ")
     assert first == "reference log-likelihoods of 6 sequences: computed"
     assert second.startswith("policy against stored reference before the first step: ")
     assert last.startswith("4 steps in ") and last.endswith(f"the model is in {output / 'model'}")
@@ -383,12 +384,12 @@ def test_reference_then_train(files, tmp_path, capsys):
     assert out[0] == "reference log-likelihoods of 6 sequences: computed"
     assert out[1].startswith(f"stored in {tmp_path / 'out' / 'reference'} after ")
     assert cli.main(["train", *arguments]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == "reference log-likelihoods of 6 sequences: loaded"
+    assert capsys.readouterr().out.splitlines()[1] == "reference log-likelihoods of 6 sequences: loaded"
     assert (
         cli.main(["train", *options(files, tmp_path / "two", reference_cache=tmp_path / "out" / "reference", lr=1)])
         == 0
     )
-    assert capsys.readouterr().out.splitlines()[0].endswith("loaded")
+    assert capsys.readouterr().out.splitlines()[1].endswith("loaded")
     kl = options(files, tmp_path / "kl", retain=files / "retain.jsonl", retain_term="kl", method="ga", beta=None)
     assert cli.main(["reference", *kl]) == 0
     assert "KL retain: reference states" in capsys.readouterr().out
@@ -543,7 +544,7 @@ def test_ctrl_c_and_resume(files, tmp_path, capsys):
     assert status == 130, err
     last = err.rpartition("\r")[2]
     assert last.startswith("unlearn: error: stopped by Ctrl-C; ") and last.count("\n") == 1 and "Traceback" not in err
-    assert len(out.splitlines()) == 2  # the reference, the invariant
+    assert len(out.splitlines()) == 3  # the plan, the reference, the invariant
     assert not (tmp_path / "out" / "model").exists()
     assert cli.main(["train", "--resume", *arguments]) == 0
     assert "resuming after step" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The command line: `unlearn demo | train | reference | alternates | eval | muse | metrics | report`.
+"""The command line: `unlearn demo | plan | train | reference | alternates | eval | muse | metrics | report`.
 
 Errors are one line; --help is meant to be read. Each command is a module of unlearn.commands and imports what it needs
 when it runs, so that `unlearn --help` answers before torch could be loaded.
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from unlearn import __version__
-from unlearn.commands import alternates, demo, evaluate, metrics, muse, report, train
+from unlearn.commands import alternates, demo, evaluate, metrics, muse, plan, report, train
 
 _EXAMPLES = """examples:
   unlearn demo                                     the whole story on an invented corpus, no download
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"unlearn {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (demo, train, alternates, evaluate, muse, metrics, report):
+    for command in (demo, plan, train, alternates, evaluate, muse, metrics, report):
         command.add(commands)
     return parser
 

@@ -228,11 +228,16 @@ def check_head(model: nn.Module) -> None:
 
 def max_positions(name: str, *, trust_remote_code: bool = False) -> int | None:
     """The longest sequence that a model's configuration allows, None where it names none."""
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The configuration in a folder, in a config.json, or on the model hub."""
     from transformers import AutoConfig
 
     name = adapters.base_of(name)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"model: no configuration in {name!r} ({_first_line(error)})") from None
-    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -26,6 +26,7 @@ from unlearn import adapters, reference
 from unlearn.batches import Step, TrainingSet, all_steps, num_steps_per_epoch, with_reference
 from unlearn.config import TrainConfig
 from unlearn.data import Item, PackedBatch, Role, Sequence, collate, pack
+from unlearn.forecast import forecast
 from unlearn.memory import peak_mib, reset_peak
 from unlearn.methods import METHODS, BatchLoss, StepTotals, batch_loss, check_config
 from unlearn.model import check_ids, head_of, hidden_states
@@ -145,6 +146,7 @@ def train(
         if config.lora is not None:
             say(adapters.line(model))
         stack.enter_context(repeatable(model, recompute=config.gradient_checkpointing))
+        expected = forecast(config, model, plan, say=say)
         with adapters.as_reference(model):
             ref = compute_reference(config, model, tokenizer, plan, say=say, progress=progress)
         optimizer = AdamWSR(
@@ -214,6 +216,8 @@ def train(
                 after_step(step.index + 1)
                 reset_peak(device)
         found = TrainResult(len(plan) - done, seconds, ref.seconds, max(peak, peak_mib(device)))
+    if comparison := expected.compare(found.peak_memory_mib):
+        say(comparison)
     if save_model:
         check_weights(model, len(plan), broken)
         if config.lora_merge:

@@ -1,0 +1,235 @@
+"""`unlearn plan`: the memory of a step at a context length, which measures make it fit, and how long it would take."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from unlearn.commands.common import loading, positive, quiet_transformers
+from unlearn.plan import (
+    GIB,
+    IN_BACKWARD,
+    MEASURES,
+    MOMENTS,
+    MOST,
+    OPTIMIZERS,
+    PARTS,
+    RATES,
+    SHAPES,
+    STATE_BYTES,
+    Budget,
+    Load,
+    Plan,
+    Shape,
+    Wanted,
+    choose,
+    longest_context,
+    rates_for,
+    remedies,
+    saturation,
+    shape_of_config,
+)
+
+_UNITS = {"": GIB, "GIB": GIB, "G": GIB, "GB": 10**9, "MIB": 1 << 20, "TIB": 1 << 40}
+_TITLES = {
+    "layer": "one layer's backward",
+    "optimizer": "optimizer states",
+    "update": "optimizer's slices",
+    "batch": "ids, rotary table",
+    "head": "last norm and head",
+}
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="memory and time of a step at a context length, without a GPU",
+        description="What a step at a context length holds on the GPU and on the host, which measures make it fit, and "
+        "how long it would take. Computed from the model's shape; nothing is loaded or run.",
+        ending=_ending,
+    )
+    parser.add_argument("--model", required=True, help="a folder, a config.json, a name below, or one on the model hub")
+    parser.add_argument(
+        "--context", type=_tokens, metavar="N", help="tokens of a document, 131072 or 128k (default: the longest)"
+    )
+    parser.add_argument(
+        "--gpu-memory",
+        type=_size,
+        required=True,
+        metavar="SIZE",
+        help="24, 80GB (10**9 bytes), 141GiB; a number is GiB",
+    )
+    parser.add_argument("--host-memory", type=_size, metavar="SIZE", help="for checkpoints (default: not limited)")
+    optimizers = [name + suffix for name in STATE_BYTES for suffix in ("", IN_BACKWARD)]
+    parser.add_argument("--optimizer", choices=optimizers, help=f"default, by need: {', '.join(OPTIMIZERS)}")
+    parser.add_argument("--lora", type=positive, metavar="R", help="adapters of rank R, the model frozen")
+    parser.add_argument("--qlora", type=positive, metavar="R", help="the same, the layers' matrices in 4 bits")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="default: %(default)s")
+    parser.add_argument(
+        "--documents",
+        type=positive,
+        default=2,
+        metavar="D",
+        help="of one step: one to forget and one to keep (%(default)s)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=_tokens,
+        metavar="T",
+        help="budget of one forward, as in train (default: a document at a time)",
+    )
+    parser.add_argument("--built", action="store_true", help="only measures that `unlearn train` has now")
+    parser.add_argument("--rates", choices=list(RATES), help="of which GPU (default: the usual one of that memory)")
+    parser.add_argument("--beta", type=float, default=0.1, help="of NPO, for the warning (default: %(default)s)")
+    parser.add_argument(
+        "--drift",
+        type=float,
+        default=1e-3,
+        help="nats a token's log-probability moves in a step (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the plan as one JSON object, in bytes")
+    parser.set_defaults(run=_plan)
+
+
+def _ending() -> str:
+    lines = ["models known by name:"]
+    lines += [f"  {name:14} {shape.params / 1e9:6.2f} G weights, {shape.source}" for name, shape in SHAPES.items()]
+    lines.append("measures:")
+    lines += [
+        f"  {name:22} {measure.summary}{'' if measure.available else ' [not built]'}"
+        for name, measure in MEASURES.items()
+    ]
+    lines.append("rates, TFLOP/s of linear layers and of attention forward and backward:")
+    lines += [
+        f"  {r.name:14} {r.linear:g}, {r.attention_forward:g}, {r.attention_backward:g}: {r.source}"
+        for r in RATES.values()
+    ]
+    return "\n".join(lines)
+
+
+def _tokens(text: str) -> int:
+    found = re.fullmatch(r"(\d+)([kKmM]?)", text)
+    value = int(found[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[found[2].lower()] if found else 0
+    if not 0 < value <= 1 << 30:
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted; a number of tokens such as 131072 or 128k is")
+    return value
+
+
+def _size(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text)
+    unit = _UNITS.get(found[2].upper()) if found else None
+    if found is None or unit is None or not float(found[1]) > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted; a size such as 24, 80GB or 141GiB is")
+    return float(found[1]) * unit
+
+
+def find_shape(name: str) -> Shape:
+    """A folder's or file's configuration, a known model by its own name or a repository's, or the hub's."""
+    path = Path(name)
+    if not path.exists():
+        short = path.name.lower().removeprefix("meta-")
+        for shape in SHAPES.values():
+            repository = shape.source.rpartition("/")[2].lower()
+            if short in (shape.name, repository) or re.fullmatch(
+                rf"({re.escape(shape.name)}|{re.escape(repository)})-(hf|chat-hf|chat|instruct|base)", short
+            ):
+                return shape
+        if name.startswith((".", "/", "~")) or name.count("/") != 1:
+            raise ValueError(f"model: no file or folder {name!r}; known by name are {', '.join(SHAPES)}")
+    from unlearn.model import load_config
+
+    quiet_transformers()
+    with loading(name):
+        return shape_of_config(load_config(name), path.name if path.exists() else name)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    if args.lora and args.qlora:
+        raise ValueError(f"qlora: {args.qlora} and lora {args.lora}; one of them is accepted")
+    for name in ("beta", "drift"):
+        if not getattr(args, name) > 0:
+            raise ValueError(f"{name}: {getattr(args, name)} is not accepted; a number above 0 is")
+    if args.dtype == "float32" and (args.qlora or args.optimizer not in (None, "adamw")):
+        raise ValueError("dtype: float32 is planned with adamw alone; bfloat16 is accepted with everything")
+    if args.context and args.max_tokens and args.max_tokens < args.context:
+        raise ValueError(
+            f"max-tokens: {args.max_tokens} is below the context of {args.context}; a document is never cut"
+        )
+    shape = find_shape(args.model)
+    rates = RATES[args.rates] if args.rates else rates_for(args.gpu_memory)
+    budget = Budget(args.gpu_memory, args.host_memory, rates=rates)
+    wanted = Wanted(
+        optimizer=args.optimizer or ("adamw" if args.dtype == "float32" else None),
+        adapter="lora" if args.lora else "qlora" if args.qlora else None,
+        rank=args.lora or args.qlora or 16,
+        itemsize=4 if args.dtype == "float32" else 2,
+        built_only=args.built,
+    )
+
+    def load(context: int) -> Load:
+        together = max(1, min(args.documents, (args.max_tokens or context) // context))
+        return Load((context,) * together, -(-args.documents // together))
+
+    longest = longest_context(shape, load, budget, wanted)
+    built = longest_context(shape, load, budget, dataclasses.replace(wanted, built_only=True))
+    plan = choose(shape, load(args.context or longest or 1024), budget, wanted)
+    warning = saturation(beta=args.beta, tokens=plan.load.lengths[0], drift=args.drift)
+    mended = [] if plan.fits else remedies(plan, load, wanted)
+    if args.json:
+        extra = {"longest_context": longest, "longest_context_built": built, "would_fit": mended, "warning": warning}
+        print(json.dumps(plan.to_dict() | extra, allow_nan=False))
+        return 0
+    print("\n".join(describe(plan)))
+    print(f"longest context that fits: {_limit(longest)}; with what `unlearn train` has now: {_limit(built)}")
+    if mended:
+        print(f"would fit: {'; '.join(mended)}")
+    if warning:
+        print(f"warning: {warning}")
+    return 0
+
+
+def describe(plan: Plan) -> list[str]:
+    """The plan as lines: what is planned, the table of moments in GiB, and what it means."""
+    shape, load, on, rates = plan.shape, plan.load, plan.on, plan.budget.rates
+    one = f"{len(load.lengths)} x {load.lengths[0]}"
+    lines = [
+        f"{shape.name}: {shape.params / 1e6:,.0f} M weights, {shape.layers} layers ({shape.source})",
+        f"a step: {load.packs} pack{'s' * (load.packs > 1)} of {one} tokens; gradients "
+        + ("dropped as they come" if on.in_backward else "kept until the update"),
+        "",
+        f"{'GiB on the GPU':22}" + "".join(f"{moment:>14}" for moment in MOMENTS),
+    ]
+    for part in PARTS:
+        cells = [plan.moments[moment].get(part, 0.0) for moment in MOMENTS]
+        if any(cells):
+            lines.append(f"{_TITLES.get(part, part):22}" + "".join(f"{_gib(cell):>14}" for cell in cells))
+    lines.append(f"{'sum':22}" + "".join(f"{_gib(plan.moment_total(moment)):>14}" for moment in MOMENTS))
+    lines += ["", f"peak: {_gib(plan.total)} GiB ({plan.peak_moment}); with a reserve of {_gib(plan.reserve)}"]
+    if plan.budget.gpu is not None:
+        verdict = (
+            f"headroom {_gib(plan.headroom)}"
+            if plan.headroom >= 0
+            else f"does not fit: {_gib(-plan.headroom)} too much"
+        )
+        lines[-1] += f", of {_gib(plan.budget.gpu)}: {verdict}"
+    if plan.host:
+        limit = f" of {_gib(plan.budget.host)}" if plan.budget.host is not None else ""
+        short = "" if plan.budget.host is None or plan.host <= plan.budget.host else ": does not fit"
+        kept = f"the checkpoints of {on.host_layers} of {shape.layers} layers"
+        lines.append(f"on the host: {_gib(plan.host)} GiB{limit}, {kept}{short}")
+    marked = [name + (" (not built)" if name in on.not_built() else "") for name in on.names()]
+    lines.append(f"measures: {', '.join(marked)}")
+    lines.append(f"predicted: {plan.seconds:.3g} s a step on {rates.name} ({rates.source})")
+    return lines
+
+
+def _limit(context: int) -> str:
+    return f"{context}{' or more' * (context >= MOST)}" if context else "none"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}"
