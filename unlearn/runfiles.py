@@ -26,11 +26,10 @@ from torch import nn
 
 from unlearn import __version__, checkpoint
 from unlearn.batches import Step
-from unlearn.optim import AdamWSR
 
 METRICS_FILE, MODEL_FOLDER, CHECKPOINT_FOLDER = "metrics.jsonl", "model", "checkpoints"
 # Settings that a resumed run may change: none of them reaches the weights.
-_FREE_SETTINGS = ("output", "save_every", "reference_cache")
+_FREE_SETTINGS = ("output", "save_every", "reference_cache", "offload_checkpoints", "save_attention")
 # What decides the last bit of a result on the same data and settings.
 _BITWISE = ("torch", "transformers", "device", "threads")
 
@@ -149,7 +148,9 @@ def _check_same_settings(stored: dict[str, Any], now: dict[str, Any]) -> None:
             raise ValueError(f"resume: {name} was {stored.get(name)!r} and is now {value!r}; they have to agree")
 
 
-def save_checkpoint(output: Path, step: int, model: nn.Module, optimizer: AdamWSR, metrics: MetricsFile) -> None:
+def save_checkpoint(
+    output: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, metrics: MetricsFile
+) -> None:
     def write(folder: Path) -> None:
         save_weights(model, str(folder / "model.safetensors"))
         torch.save(optimizer.state_dict(), folder / "optimizer.pt")
@@ -159,7 +160,7 @@ def save_checkpoint(output: Path, step: int, model: nn.Module, optimizer: AdamWS
     checkpoint.save(output / CHECKPOINT_FOLDER, step, write)
 
 
-def load_checkpoint(output: Path, model: nn.Module, optimizer: AdamWSR, metrics: MetricsFile) -> int:
+def load_checkpoint(output: Path, model: nn.Module, optimizer: torch.optim.Optimizer, metrics: MetricsFile) -> int:
     """Steps done at the newest checkpoint, with model, optimizer and metrics set back to it; 0 where there is none."""
     folder = _latest(output)
     if folder is None:

@@ -25,10 +25,12 @@ from unlearn import reference
 from unlearn.batches import Step, TrainingSet, epoch_steps, num_steps_per_epoch, with_reference
 from unlearn.config import TrainConfig
 from unlearn.data import Item, PackedBatch, Role, collate, pack
+from unlearn.longcontext import long_context
 from unlearn.memory import peak_mib, reset_peak
 from unlearn.methods import METHODS, BatchLoss, StepTotals, batch_loss, check_config
 from unlearn.model import head_of, hidden_states
-from unlearn.optim import AdamWSR, linear_schedule
+from unlearn.optim import linear_schedule
+from unlearn.optimizers import InBackward, gradient_norm, make_optimizer, set_lr, tensor_norm
 from unlearn.runfiles import (
     METRICS_FILE,
     MODEL_FOLDER,
@@ -112,6 +114,8 @@ def train(
     rates = [config.lr * linear_schedule(step.index, len(plan), warmup_steps) for step in plan]
     if not any(rates):  # a warm-up starts at 0
         raise ValueError(f"warmup_epochs: {config.warmup_epochs} keeps the only step at a rate of 0; 0 is accepted")
+    if config.optimizer_in_backward:
+        check_one_pack(plan, config)
     header = {
         "config": config.to_dict(),
         "provenance": provenance(model),
@@ -119,15 +123,13 @@ def train(
         "num_steps": len(plan),
     }
     with contextlib.ExitStack() as stack:
+        optimizer = make_optimizer(config, [p for p in model.parameters() if p.requires_grad])
+        # tiled layers recompute themselves
+        stack.enter_context(repeatable(model, recompute=config.gradient_checkpointing and not config.tile_tokens))
+        stack.enter_context(long_context(model, config, say=say))
         metrics = stack.enter_context(open_output(output, header, resume=resume, say=say))
-        stack.enter_context(repeatable(model, recompute=config.gradient_checkpointing))
         ref = compute_reference(config, model, tokenizer, plan, say=say, progress=progress)
-        optimizer = AdamWSR(
-            [p for p in model.parameters() if p.requires_grad],
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            seed=config.seed,
-        )
+        in_backward = stack.enter_context(InBackward(optimizer)) if config.optimizer_in_backward else None
         done = load_checkpoint(output, model, optimizer, metrics) if resume else 0
         if done:
             say(f"resuming after step {done} of {len(plan)}")
@@ -143,8 +145,7 @@ def train(
         )
         for step, lr in zip(plan[done:], rates[done:], strict=True):
             start = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            set_lr(optimizer, lr)
             totals = _with_baseline(step, config, model, ref) if method.baseline else step.totals
             packs = pack(with_reference(step.groups, ref.logprobs), config.max_tokens)
             tally = StepTally(config, totals)
@@ -160,16 +161,20 @@ def train(
                     check_invariants(batch, rehearsal, result.logprobs, next(model.parameters()).dtype, say)
                 if first and result.kl is not None:
                     check_kl(batch, result.kl.item(), next(model.parameters()).dtype, say)
-                if config.skip_below == 0 or bool(result.active.any()):
+                useful = config.skip_below == 0 or bool(result.active.any())
+                # in the backward weights move: a broken loss must not reach them
+                if useful and (in_backward is None or math.isfinite(result.loss.item())):
                     result.loss.backward()
                 tally.add(batch, result)
-            grad_norm = _clip(model, config.max_grad_norm)
+            grad_norm = in_backward.pop_gradient_norm() if in_backward else _clip(model, config.max_grad_norm)
             row = tally.row() | {"grad_norm": grad_norm, "lr": lr}
             if math.isfinite(row["loss"]) and math.isfinite(grad_norm):
-                optimizer.step()
+                if in_backward is None:
+                    optimizer.step()
             else:
                 bar.clear()
-                _stop_or_skip(config, output, step, row, say)
+                moved = in_backward is not None and math.isfinite(row["loss"])
+                _stop_or_skip(config, output, step, row, say, moved=moved)
                 row["skipped"] = True
             optimizer.zero_grad(set_to_none=True)
             if device.type == "cuda":
@@ -332,22 +337,20 @@ class StepTally:
 def _clip(model: nn.Module, max_norm: float | None) -> float:
     """The whole step's gradient norm, in float32 whatever the gradients are, clipped to max_norm where one is set."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    if not grads:
-        return 0.0  # every sequence of the step was skipped
-    dtype = torch.promote_types(grads[0].dtype, torch.float32)
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad, dtype=dtype) for grad in grads])).item()
+    norm = gradient_norm([tensor_norm(grad) for grad in grads])  # 0 where every sequence of the step was skipped
     if max_norm is not None and max_norm < norm < math.inf:
         for grad in grads:
             grad.mul_(max_norm / norm)
     return norm
 
 
-def _stop_or_skip(config: TrainConfig, output: Path, step: Step, row: dict[str, Any], say: Say) -> None:
-    """Keep the batch that broke; stop unless asked to go on. The optimizer has not moved."""
+def _stop_or_skip(config: TrainConfig, output: Path, step: Step, row: dict[str, Any], say: Say, *, moved: bool) -> None:
+    """Keep the batch that broke; stop unless asked to go on. The optimizer has not moved, unless in the backward."""
     path = save_broken_step(output, step, row)
     keys = [s.key for group in step.groups for s, _ in group]
+    fate = "applied in the backward already; --resume starts from the last checkpoint" if moved else "not applied"
     text = (
-        f"step {step.index + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}; not applied."
+        f"step {step.index + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}; {fate}."
         f" Sequences: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}; the batch is in {path}"
     )
     if config.on_non_finite == "stop":
@@ -356,6 +359,18 @@ def _stop_or_skip(config: TrainConfig, output: Path, step: Step, row: dict[str, 
 
 
 # ------------------------------------------------------------------------------------------------------------ the run
+
+
+def check_one_pack(plan: list[Step], config: TrainConfig) -> None:
+    """A step in the backward takes its whole gradient from one micro-batch. Raises ValueError for a step that does
+    not fit one."""
+    for step in plan:
+        packs = pack(with_reference(step.groups, {}), config.max_tokens)
+        if len(packs) > 1:
+            raise ValueError(
+                f"optimizer_in_backward: step {step.index + 1} takes {len(packs)} micro-batches of max_tokens"
+                f" {config.max_tokens}, and gradients are not accumulated; more max_tokens or a smaller batch_size is"
+            )
 
 
 def fingerprint(plan: list[Step]) -> str:

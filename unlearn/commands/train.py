@@ -105,6 +105,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _reference(args: argparse.Namespace) -> int:
     from unlearn.batches import epoch_steps
+    from unlearn.longcontext import long_context
     from unlearn.methods import check_config
     from unlearn.train import compute_reference
 
@@ -113,6 +114,9 @@ def _reference(args: argparse.Namespace) -> int:
         raise ValueError(f"method: {config.method} with retain_term {config.retain_term} needs no reference")
     model, tokenizer, data = _load(config)
     plan = [step for epoch in range(config.epochs) for step in epoch_steps(data, config, epoch)]
-    ref = compute_reference(config, model, tokenizer, plan, say=print, progress=True)
+    if not config.tile_tokens:  # without a backward there is nothing to recompute or offload
+        config = dataclasses.replace(config, offload_checkpoints=None)
+    with long_context(model, config, say=print):
+        ref = compute_reference(config, model, tokenizer, plan, say=print, progress=True)
     print(f"stored in {config.reference_dir} after {ref.seconds:.1f} s")
     return 0
