@@ -281,9 +281,9 @@ def test_a_copy_of_a_tiled_model_runs_its_own_weights():
 @pytest.mark.parametrize(("name", "kind"), [("gpt-neox", "GPTNeoXLayer"), ("granite", "GraniteDecoderLayer")])
 def test_other_layers_are_refused_by_name(name, kind):
     model = prepare(family(name))
-    with pytest.raises(ValueError, match=f"^tile_tokens: {kind} is not supported; LlamaDecoderLayer, .* are$"):
-        with tiled(model, 4):
-            pass
+    message = f"^tile_tokens: {kind} is not supported; LlamaDecoderLayer, .* are$"
+    with pytest.raises(ValueError, match=message), tiled(model, 4):
+        pass
     assert not any("forward" in vars(module) for module in model.modules())
 
 

@@ -156,7 +156,7 @@ def _check_supported(module: nn.Module, longest: int, sliding_window: int | None
 
 def _take(tensor: Tensor, bucket: Bucket, *, in_order: bool) -> Tensor:
     """[1, heads, T, D] -> the bucket's [b, heads, L, D]."""
-    rows = tensor[0].transpose(0, 1)
+    rows = tensor.squeeze(0).transpose(0, 1)  # the gradient of tensor[0] would be a copy
     if not in_order:
         rows = rows.index_select(0, bucket.gather.flatten())
     return rows.unflatten(0, tuple(bucket.gather.shape)).transpose(1, 2)

@@ -14,9 +14,11 @@ from unlearn.tiled import decoder_layers, tiled
 
 
 @contextlib.contextmanager
-def long_context(model: nn.Module, config: TrainConfig, *, say: Callable[[str], None]) -> Iterator[None]:
-    """Tiled layers and offloaded checkpoints as `config` names them. Without tiles, offloading needs transformers'
-    own checkpointing to be on already (unlearn.train.repeatable).
+def long_context(
+    model: nn.Module, config: TrainConfig, *, longest: int = 0, say: Callable[[str], None]
+) -> Iterator[None]:
+    """Tiled layers and offloaded checkpoints as `config` names them; longest: tokens of the longest pack. Without
+    tiles, offloading needs transformers' own checkpointing to be on already (unlearn.train.repeatable).
 
     Raises ValueError for layers that cannot be tiled and for more layers to offload than there are.
     """
@@ -31,6 +33,7 @@ def long_context(model: nn.Module, config: TrainConfig, *, say: Callable[[str], 
         named[wanted] if wanted in named else int(wanted or 0),
         bytes_to_come=bytes_to_come(config, model.parameters()),
         working_units=TILED_WORKING_UNITS if config.tile_tokens else PLAIN_WORKING_UNITS,
+        longest=longest,
         say=say,
     )
     if config.tile_tokens:

@@ -9,9 +9,8 @@ layers the first K are offloaded; the last ones stay, since the backward wants t
               so the slab is ordinary memory that is registered with CUDA afterwards
     transfer  K u down and K u up per forward and backward, on a stream of its own
 
-The slab grows to the longest pack it has seen and is viewed at the size of the present one. It holds one forward at a
-time: a backward that comes after another forward is refused, never served with that forward's values. On a CPU the
-same copies are made without streams, so that tests of the slab are tests of the real thing.
+The slab is made for the longest pack and viewed at the size of the present one. It holds one forward at a time: a
+backward that comes after another forward is refused, never served with that forward's values. On a CPU the same copies are made without streams, so that tests of the slab are tests of the real thing.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What a layer's backward may take beside the checkpoints, in u, when K is chosen: twice the count in unlearn.tiled
-# leaves room for the head, the allocator and packs of several sequences; plain layers take 33 u.
-TILED_WORKING_UNITS, PLAIN_WORKING_UNITS = 25.0, 41.0
+# What a backward may take beside the checkpoints, in u, when K is chosen: 11 u for a tiled layer (unlearn.tiled), 33 u
+# for a plain one, 5 u for the attention kernel's workspace, the copy under way and the head; a quarter more to be safe.
+TILED_WORKING_UNITS, PLAIN_WORKING_UNITS = 20.0, 47.5
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,8 @@ class CheckpointStore:
     """The inputs of `num_layers` layers; the first `offload` of them on the host, as many as needed where it is None.
 
     bytes_to_come: what the device has still to hold when the first forward runs (gradients, optimizer states), and
-    working_units what a layer's backward takes, in u; both are read only where offload is None.
+    working_units what a layer's backward takes, in u; both are read only where offload is None. longest: tokens of the
+    longest pack to come, so that the slab is made once: pinning it takes a second per few GiB.
     """
 
     def __init__(
@@ -54,13 +54,14 @@ class CheckpointStore:
         *,
         bytes_to_come: int = 0,
         working_units: float = TILED_WORKING_UNITS,
+        longest: int = 0,
         say: Callable[[str], None] | None = None,
     ) -> None:
         if offload is not None and not 0 <= offload <= num_layers:
             raise ValueError(f"offload_checkpoints: {offload} is not accepted; 0 to {num_layers} layers are")
         self.num_layers = num_layers
         self._wanted, self._bytes_to_come, self._working_units = offload, bytes_to_come, working_units
-        self._say = say
+        self._longest, self._say = longest, say
         self.num_offloaded = offload or 0
         self._slab: Tensor | None = None  # bytes
         self._slot_bytes = 0  # the largest layer input seen
@@ -124,13 +125,13 @@ class CheckpointStore:
         self._tickets.clear()
         self._wait(self._fetched)
         self._fetched = None
-        num_bytes = x.numel() * x.element_size()
+        num_bytes = max(x.shape[1], self._longest) * x.shape[2] * x.element_size()
         if num_bytes <= self._slot_bytes:
             return
         self._free()  # before the larger one is asked for
         self._slot_bytes = num_bytes
         if self._wanted is None:
-            self.num_offloaded = self._choose(x)
+            self.num_offloaded = self._choose(num_bytes, x.device)
         if self.num_offloaded == 0:
             return
         if x.device.type == "cuda" and self._stream is None:
@@ -142,14 +143,14 @@ class CheckpointStore:
                 f" {self._slab.numel() / 2**30:.3g} GiB"
             )
 
-    def _choose(self, x: Tensor) -> int:
+    def _choose(self, num_bytes: int, device: torch.device) -> int:
         """As many layers as do not fit the device beside everything else; none where the device is the host."""
-        if x.device.type != "cuda":
+        if device.type != "cuda":
             return 0
-        free, _ = torch.cuda.mem_get_info(x.device)
-        free += torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
+        free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free -= self._bytes_to_come
-        fitting = int(free / (x.numel() * x.element_size()) - self._working_units)
+        fitting = int(free / num_bytes - self._working_units)
         return self.num_layers - max(0, min(self.num_layers, fitting))
 
     def _slot(self, ticket: Ticket) -> Tensor:
@@ -201,7 +202,7 @@ def offloading_checkpoint(store: CheckpointStore, index: int, checkpoint: Callab
 
     def run(function: Callable[..., Any], x: Tensor, *args: Any) -> Any:
         def pack(saved: Tensor) -> tuple[Ticket, Tensor | None] | Tensor:
-            if saved.data_ptr() != x.data_ptr() or saved.shape != x.shape:
+            if (saved.data_ptr(), saved.shape) != wanted:
                 return saved
             ticket = store.put(index, saved)
             return ticket, None if ticket.offloaded else saved
@@ -212,7 +213,7 @@ def offloading_checkpoint(store: CheckpointStore, index: int, checkpoint: Callab
             ticket, kept = packed
             return store.restore(ticket, kept, device)
 
-        device = x.device
+        device, wanted = x.device, (x.data_ptr(), x.shape)  # not x: what is saved holds on to these functions
         # What the layer saves inside is recomputed by checkpoint's own hooks, which come after these.
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             return checkpoint(function, x, *args)

@@ -11,20 +11,21 @@ What a layer holds, in u = 2*N*H bytes (one bf16 tensor of N tokens and width H)
 the key heads (Llama-3.1-8B: a = 1, g = 1/4), T = tile_tokens, W the bytes of its trainable weights in bf16:
 
     forward to backward   1 u, the layer's input: this is the checkpoint, and where it waits is unlearn.offload's
-                          choice. save_attention: a u more and 4*N*heads bytes (output and logsumexp), on the device;
+                          choice. save_attention: a u and 4*N*heads bytes more (output and logsumexp), on the device;
                           the backward then runs no second attention forward. A frozen weight: nothing
-    all layers together   N*head_dim*4 bytes: the rotation's cosines and sines; 1 u: the input of the final norm
-    forward, at its peak  (1 + 2a + 2g) u: input, query, key, value, attention output
-    backward, at its peak (2 + 4a + 4g) u + the attention kernel's workspace, while the core is differentiated: input,
-                          incoming gradient (rewritten in place as the outgoing one), query, output and their
-                          gradients, key, value and theirs. Beside it W for the weights behind the core, which are done
-    beside either         a tile: T * (20 H + 16 I) bytes or so with the MLP of width I, 2 W (float32) in the backward
-    what is added where   key heads are fewer than query heads: 2a u in the forward and 4a u in the backward, since the
-                          packed attention repeats keys and values for the core. Sequences of different lengths: the
-                          core works on gathered copies, (3a + a) u in the forward and twice that in the backward.
-                          An offloaded checkpoint: 1 u for the copy under way
+    all layers together   1 u, the final norm's input, and N*head_dim*4 bytes, the rotation's cosines and sines
+    forward, at its peak  (2 + 2a + 2g) u: the embeddings, which transformers' own loop holds; input, query, key, value,
+                          attention output
+    backward, at its peak (2 + 4a + 4g) u while the core is differentiated: the input; the incoming gradient, over which
+                          the outgoing one is written; query, key, value, output and the four gradients. Beside it the
+                          attention kernel's own workspace, and W: gradients of the weights behind the core
+    fewer key heads       than query heads (a > g): the packed attention repeats keys and values for the core, which
+                          makes (2 + 4a + 2g) u forward and (2 + 8a + 2g) u backward
+    a tile beside it      T * (20 H + 16 I) bytes or so for an MLP of width I; 2 W in the backward (float32 sums)
+    an offloaded input    1 u for the copy under way
+    several sequences     of different lengths: the core works on gathered copies, up to 6a u forward, 7a u backward
 
-8B in one sequence: (1 + 2 + 0.5 + 2) = 5.5 u forward, (2 + 4 + 1 + 4) = 11 u backward, the kernel's workspace beside.
+Llama-3.1-8B, one sequence: 6.5 u forward, 10.5 u backward; Llama-2-7B (a = g = 1): 6 u and 10 u. Counted on a CPU.
 Nothing of this depends on the number of layers but the checkpoints.
 """
 

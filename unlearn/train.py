@@ -114,8 +114,7 @@ def train(
     rates = [config.lr * linear_schedule(step.index, len(plan), warmup_steps) for step in plan]
     if not any(rates):  # a warm-up starts at 0
         raise ValueError(f"warmup_epochs: {config.warmup_epochs} keeps the only step at a rate of 0; 0 is accepted")
-    if config.optimizer_in_backward:
-        check_one_pack(plan, config)
+    longest = check_packs(plan, config)
     header = {
         "config": config.to_dict(),
         "provenance": provenance(model),
@@ -126,7 +125,7 @@ def train(
         optimizer = make_optimizer(config, [p for p in model.parameters() if p.requires_grad])
         # tiled layers recompute themselves
         stack.enter_context(repeatable(model, recompute=config.gradient_checkpointing and not config.tile_tokens))
-        stack.enter_context(long_context(model, config, say=say))
+        stack.enter_context(long_context(model, config, longest=longest, say=say))
         metrics = stack.enter_context(open_output(output, header, resume=resume, say=say))
         ref = compute_reference(config, model, tokenizer, plan, say=say, progress=progress)
         in_backward = stack.enter_context(InBackward(optimizer)) if config.optimizer_in_backward else None
@@ -361,16 +360,21 @@ def _stop_or_skip(config: TrainConfig, output: Path, step: Step, row: dict[str, 
 # ------------------------------------------------------------------------------------------------------------ the run
 
 
-def check_one_pack(plan: list[Step], config: TrainConfig) -> None:
-    """A step in the backward takes its whole gradient from one micro-batch. Raises ValueError for a step that does
-    not fit one."""
+def check_packs(plan: list[Step], config: TrainConfig) -> int:
+    """Tokens of the longest micro-batch to come. Raises ValueError where a step in the backward, which takes its whole
+    gradient from one, would need several."""
+    longest = 0
     for step in plan:
         packs = pack(with_reference(step.groups, {}), config.max_tokens)
-        if len(packs) > 1:
+        if config.optimizer_in_backward and len(packs) > 1:
             raise ValueError(
                 f"optimizer_in_backward: step {step.index + 1} takes {len(packs)} micro-batches of max_tokens"
                 f" {config.max_tokens}, and gradients are not accumulated; more max_tokens or a smaller batch_size is"
+                " accepted"
             )
+        sizes = (sum(item.sequence.num_tokens for group in packed for item in group) for packed in packs)
+        longest = max(longest, *sizes)
+    return longest
 
 
 def fingerprint(plan: list[Step]) -> str:
