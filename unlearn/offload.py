@@ -10,7 +10,8 @@ layers the first K are offloaded; the last ones stay, since the backward wants t
     transfer  K u down and K u up per forward and backward, on a stream of its own
 
 The slab is made for the longest pack and viewed at the size of the present one. It holds one forward at a time: a
-backward that comes after another forward is refused, never served with that forward's values. On a CPU the same copies are made without streams, so that tests of the slab are tests of the real thing.
+backward that comes after another forward is refused, never served with that forward's values. On a CPU the same copies
+are made without streams, so that tests of the slab are tests of the real thing.
 """
 
 from __future__ import annotations
