@@ -28,6 +28,16 @@ def test_layers_come_back_in_any_order_of_a_backward():
         assert torch.equal(store.restore(tickets[i], kept, CPU), filled(i))
 
 
+def test_the_next_layer_is_fetched_ahead():
+    store = CheckpointStore(4, 2)
+    tickets = [store.put(i, filled(i)) for i in range(4)]
+    fetched = []
+    for i in (3, 2, 1, 0):
+        store.restore(tickets[i], None if tickets[i].offloaded else filled(i), CPU)
+        fetched.append(store._fetched and store._fetched[0].index)
+    assert fetched == [None, 1, 0, None]  # also by the last layer whose input stayed
+
+
 def test_what_comes_back_is_not_the_slab_itself():
     store = CheckpointStore(2, 2)
     tickets = [store.put(i, filled(i)) for i in range(2)]
