@@ -66,7 +66,8 @@ class TrainConfig:
     dtype: str = option("weights and activations: float32, or bfloat16 with stochastic rounding", default="bfloat16")
     device: str = option("cpu, cuda, cuda:1, ...; auto takes the GPU if there is one", default="auto")
     optimizer: str = option(
-        "adamw, adamw8bit (torchao: 8-bit states) or adafactor (row and column sums for states)", default="adamw"
+        "adamw, adamw8bit (torchao: 8-bit states) or adafactor (nearly no states; lr is relative to a weight's size)",
+        default="adamw",
     )
     optimizer_in_backward: bool = option(
         "step each weight inside the backward and free its gradient: one micro-batch per step, no clipping",

@@ -8,7 +8,8 @@ Bytes per trained weight beside the weight itself (bf16), with the gradient kept
     adafactor   torch's Adafactor:     2 / 0         row and column sums; 16 bytes per weight of the largest matrix
                                        while that one is stepped (float32 copies)
 
-Each of them rounds bf16 weights stochastically, for the reason that unlearn.optim gives.
+Each of them rounds bf16 weights stochastically, for the reason that unlearn.optim gives. Adafactor's rate is relative:
+a step moves a tensor by lr times its own root mean square, so a rate chosen for AdamW is another one for it.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def train(
         optimizer = make_optimizer(config, [p for p in model.parameters() if p.requires_grad])
         # tiled layers recompute themselves
         stack.enter_context(repeatable(model, recompute=config.gradient_checkpointing and not config.tile_tokens))
-        stack.enter_context(long_context(model, config, longest=longest, say=say))
+        stack.enter_context(long_context(model, config, longest=longest, say=partial(_beside_bars, say)))
         metrics = stack.enter_context(open_output(output, header, resume=resume, say=say))
         ref = compute_reference(config, model, tokenizer, plan, say=say, progress=progress)
         in_backward = stack.enter_context(InBackward(optimizer)) if config.optimizer_in_backward else None
@@ -193,6 +194,12 @@ def train(
     if save_model:
         save_pretrained(model, tokenizer, output / MODEL_FOLDER)
     return found
+
+
+def _beside_bars(say: Say, text: str) -> None:
+    """Where no bar is at hand to be cleared first."""
+    with tqdm.external_write_mode():
+        say(text)
 
 
 def _forward(
