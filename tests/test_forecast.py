@@ -81,4 +81,4 @@ def test_a_gpu_that_is_too_small_is_named(tmp_path, monkeypatch):
     small = functools.partial(Budget, 1 << 30)
     monkeypatch.setattr("unlearn.forecast.Budget", lambda gpu, **more: small(**more))
     forecast(config, make_model(config), steps_of(config), say=said.append)
-    assert re.search(r"warning: that and a reserve are \d+ MiB more than the GPU has; shorter", said[-1])
+    assert re.search(r"warning: that and a reserve are \d+ MiB more than the GPU has; a smaller --max-tokens", said[-1])

@@ -24,6 +24,7 @@ from unlearn.batches import make_training_set
 from unlearn.config import TrainConfig
 from unlearn.data import rows_from
 from unlearn.model import generating
+from unlearn.optim import AdamWSR
 from unlearn.train import InvariantError, NonFiniteError, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,13 +102,13 @@ def same_tree(a, b):
 def optimizers(monkeypatch):
     """Every optimizer that a run makes, in order."""
     made = []
+    original = loop.make_optimizer
 
-    class Recorded(loop.AdamWSR):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            made.append(self)
+    def recorded(*args):
+        made.append(original(*args))
+        return made[-1]
 
-    monkeypatch.setattr(loop, "AdamWSR", Recorded)
+    monkeypatch.setattr(loop, "make_optimizer", recorded)
     return made
 
 
@@ -422,14 +423,14 @@ def test_dropout_is_off_even_if_the_model_comes_in_training_mode(tmp_path):
 @pytest.mark.parametrize("max_tokens", [10_000, 40])
 def test_clipping_bounds_the_whole_step(tmp_path, monkeypatch, max_tokens):
     norms = []
-    original = loop.AdamWSR.step
+    original = AdamWSR.step
 
     def step(self, closure=None):
         grads = [p.grad for group in self.param_groups for p in group["params"]]
         norms.append(torch.cat([g.flatten() for g in grads]).double().norm().item())
         return original(self, closure)
 
-    monkeypatch.setattr(loop.AdamWSR, "step", step)
+    monkeypatch.setattr(AdamWSR, "step", step)
     config = make_config(tmp_path, max_grad_norm=0.5, max_tokens=max_tokens)
     run(config)
     reported = [row["grad_norm"] for row in steps(config)]

@@ -77,6 +77,16 @@ class Segments:
         return Segments(tuple(buckets), None if in_order else order.to(device, non_blocking=True))
 
 
+class Projected(Exception):
+    """Carries query, key, value and the attention's options out of a model's attention module, before its core ran.
+
+    How a layer's own projections, norms and rotation are reached without its attention (unlearn.tiled).
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> None:
+        self.projected = (query, key, value, options)
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,  # [1, heads, T, D]
@@ -89,13 +99,18 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    project_only: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence of a packed row. Returns [1, T, heads, Dv].
 
+    project_only: computes nothing and raises Projected with the arguments that a later call has to pass.
     Raises ValueError for a row without a plan and for what it does not compute: masks, attention sinks, position
     biases, chunked attention, softcap with dropout, and windows that the model leaves to a mask.
     """
+    if project_only:
+        options = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "softcap": softcap}
+        raise Projected(query, key, value, options | kwargs)
     if segments is None:
         raise ValueError(f"attention: {ATTENTION} needs a packed batch; call unlearn.model.hidden_states")
     _check_supported(module, max(bucket.gather.shape[1] for bucket in segments.buckets), sliding_window, kwargs)
@@ -141,7 +156,7 @@ def _check_supported(module: nn.Module, longest: int, sliding_window: int | None
 
 def _take(tensor: Tensor, bucket: Bucket, *, in_order: bool) -> Tensor:
     """[1, heads, T, D] -> the bucket's [b, heads, L, D]."""
-    rows = tensor[0].transpose(0, 1)
+    rows = tensor.squeeze(0).transpose(0, 1)  # the gradient of tensor[0] would be a copy
     if not in_order:
         rows = rows.index_select(0, bucket.gather.flatten())
     return rows.unflatten(0, tuple(bucket.gather.shape)).transpose(1, 2)
@@ -182,9 +197,7 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, **options: Any) -> T
     q, k, v = (F.pad(tensor, (0, 0, 0, padding)) for tensor in (q, k, v))
     first = _attend(q[:, :, :window], k[:, :, :window], v[:, :, :window], None, **options)
     q = q[:, :, window:].unflatten(2, (-1, window)).transpose(1, 2).flatten(0, 1)
-    k, v = (
-        tensor.unfold(2, 2 * window, window).movedim(-1, -2).transpose(1, 2).flatten(0, 1) for tensor in (k, v)
-    )
+    k, v = (tensor.unfold(2, 2 * window, window).movedim(-1, -2).transpose(1, 2).flatten(0, 1) for tensor in (k, v))
     # how far key j of the two blocks lies before query i of the second
     distance = torch.arange(window, device=q.device)[:, None] + window - torch.arange(2 * window, device=q.device)
     rest = _attend(q, k, v, (distance >= 0) & (distance < window), **options)

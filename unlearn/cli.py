@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from unlearn.memory import is_out_of_memory
 
         if is_out_of_memory(error):
-            return _fail(f"{error}; a smaller --max-tokens or (train) --gradient-checkpointing needs less", 1)
+            less = "a smaller --max-tokens, or (train) --gradient-checkpointing or --tile-tokens, needs less"
+            return _fail(f"{error}; {less}", 1)
         if isinstance(error, (RuntimeError, SafetensorError)):  # NonFiniteError, InvariantError, what torch raises
             return _fail(f"{type(error).__name__}: {error}", 1)
         raise

@@ -23,6 +23,7 @@ from unlearn.sources import parse_fields
 RETAIN_TERMS = ("none", "nll", "kl")
 # What float32 can divide by and multiply with: beyond, a run would end in its first step.
 _SMALLEST, _LARGEST = 1e-30, 1e30
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor")
 DTYPES = ("float32", "bfloat16")  # float16 weights would need a loss scale
 
 
@@ -38,7 +39,7 @@ class TrainConfig:
     model: str = option("model to change: a folder (of a model or a LoRA adapter), or a name on the model hub")
     output: str = option("folder for checkpoints, metrics.jsonl and the final model")
     method: str = option("loss on the forget rows (see `unlearn train --list-methods`)")
-    lr: float = option("peak learning rate of AdamW")
+    lr: float = option("peak learning rate")
     epochs: int = option("passes over the forget rows")
     batch_size: int = option("forget rows (or chosen/rejected pairs) per optimizer step")
     seed: int = option("seed of the data order, the retain draw, stochastic rounding and new adapters")
@@ -88,7 +89,23 @@ class TrainConfig:
         default=None,
     )
     lora_merge: bool = option("save the whole model with its adapters merged in, not the adapters", default=False)
+    optimizer: str = option(
+        "adamw, adamw8bit (torchao: 8-bit states) or adafactor (nearly no states; lr is relative to a weight's size)",
+        default="adamw",
+    )
+    optimizer_in_backward: bool = option(
+        "step each weight inside the backward and free its gradient: one micro-batch per step, no clipping",
+        default=False,
+    )
     gradient_checkpointing: bool = option("recompute activations in the backward", default=False)
+    tile_tokens: int = option(
+        "run decoder layers on this many tokens at a time, all but the attention, and recompute them (0: off)",
+        default=0,
+    )
+    save_attention: bool = option("with tile_tokens: keep attention outputs, recompute the rest", default=False)
+    offload_checkpoints: str | None = option(
+        "layers whose recomputation starts from inputs kept in host memory: a number, all, or auto", default=None
+    )
     save_every: int = option("optimizer steps between checkpoints (0: none before the end)", default=0)
     on_non_finite: str = option("stop or skip: what a NaN or inf loss or gradient does", default="stop")
     reference_cache: str | None = option(
@@ -129,14 +146,41 @@ class TrainConfig:
         parse_fields(self.fields)
         _one_of("retain_term", self.retain_term, RETAIN_TERMS)
         _one_of("dtype", self.dtype, DTYPES)
+        _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("on_non_finite", self.on_non_finite, ("stop", "skip"))
         for name in ("lora_alpha", "lora_targets", "lora_merge"):
             if self.lora is None and getattr(self, name):
                 raise ValueError(f"{name}: given, but without lora (a rank) nothing would read it")
+        self._check_long_context()
         if self.retain_term != "none" and self.retain is None:
             raise ValueError(f"retain: missing, and retain_term {self.retain_term} needs rows to keep")
         if self.retain is not None and self.retain_term == "none" and self.method != "finetune":
             raise ValueError("retain: given, but with retain_term none nothing would read it; nll and kl do")
+
+    def _check_long_context(self) -> None:
+        if self.tile_tokens < 0:
+            raise ValueError(f"tile_tokens: {self.tile_tokens} is not accepted; a number of 0 or more is")
+        if self.save_attention and not self.tile_tokens:
+            raise ValueError("save_attention: given, but without tile_tokens nothing would read it")
+        wanted = self.offload_checkpoints
+        if wanted is not None:
+            if wanted not in ("all", "auto") and not (wanted.isascii() and wanted.isdigit()):
+                raise ValueError(f"offload_checkpoints: {wanted!r} is not accepted; a number of layers, all, auto are")
+            if not (self.tile_tokens or self.gradient_checkpointing):
+                raise ValueError(
+                    f"offload_checkpoints: {wanted} given, but without gradient_checkpointing or tile_tokens"
+                    " no layer is recomputed from its input"
+                )
+        if self.optimizer_in_backward and self.max_grad_norm is not None:
+            raise ValueError(
+                f"optimizer_in_backward: not accepted with max_grad_norm {self.max_grad_norm}; the whole gradient,"
+                " whose norm that is, never exists"
+            )
+        if self.optimizer_in_backward and self.on_non_finite == "skip":
+            raise ValueError(
+                "optimizer_in_backward: not accepted with on_non_finite skip; weights have moved by the time that a"
+                " gradient is seen to be broken"
+            )
 
     @property
     def reference_dir(self) -> Path:

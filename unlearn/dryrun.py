@@ -18,9 +18,9 @@ from unlearn.batches import Step, TrainingSet, all_steps, num_steps_per_epoch, w
 from unlearn.config import TrainConfig
 from unlearn.data import Role, Sequence, pack
 from unlearn.methods import check_config
-from unlearn.optim import STATE_BYTES
+from unlearn.plan import STATE_BYTES
 from unlearn.runfiles import METRICS_FILE
-from unlearn.train import learning_rates, reference_sequences
+from unlearn.train import check_packs, learning_rates, reference_sequences
 
 
 def dry_run(config: TrainConfig, skeleton: nn.Module, tokenizer: Any, data: TrainingSet) -> dict[str, Any]:
@@ -31,10 +31,14 @@ def dry_run(config: TrainConfig, skeleton: nn.Module, tokenizer: Any, data: Trai
     check_config(config)
     plan = all_steps(data, config)
     rates = learning_rates(config, data, len(plan))
+    check_packs(plan, config)
     parameters = list(skeleton.parameters())
     trained = [p for p in parameters if p.requires_grad]
     weight_bytes, trained_bytes = (sum(p.numel() * p.element_size() for p in ps) for ps in (parameters, trained))
-    optimizer_bytes = sum(p.numel() * STATE_BYTES for p in trained)
+    optimizer_bytes = round(sum(p.numel() for p in trained) * STATE_BYTES[config.optimizer])
+    gradient_bytes = trained_bytes
+    if config.optimizer_in_backward:  # one weight's at a time
+        gradient_bytes = max(p.numel() * p.element_size() for p in trained)
     layer, _ = adapters.parts(skeleton.get_output_embeddings())
     head = layer.weight
     own_head = config.retain_term == "kl" and reference.needs_own_head(head, getattr(layer, "bias", None))
@@ -56,10 +60,10 @@ def dry_run(config: TrainConfig, skeleton: nn.Module, tokenizer: Any, data: Trai
         "reference": _reference(config, tokenizer, plan, head.shape[1] * head.element_size()),
         "bytes": {
             "weights": weight_bytes,
-            "gradients": trained_bytes,
+            "gradients": gradient_bytes,
             "optimizer": optimizer_bytes,
             "reference_head": copied_head,
-            "static": weight_bytes + trained_bytes + optimizer_bytes + copied_head,
+            "static": weight_bytes + gradient_bytes + optimizer_bytes + copied_head,
             "checkpoint": trained_bytes + optimizer_bytes,
             "final_model": trained_bytes if config.lora is not None and not config.lora_merge else weight_bytes,
         },

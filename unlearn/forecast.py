@@ -57,7 +57,12 @@ def forecast(config: TrainConfig, model: nn.Module, steps: list[Step], *, say: C
         return Forecast(None, device, held)
     load = run_load(config, steps)
     on = Measures(
-        checkpointing=config.gradient_checkpointing,
+        checkpointing=config.gradient_checkpointing or config.tile_tokens > 0,
+        tiled=config.tile_tokens > 0,
+        tile_tokens=config.tile_tokens or Measures.tile_tokens,
+        host_layers=_host_layers(config, shape.layers),
+        optimizer=config.optimizer,
+        in_backward=config.optimizer_in_backward,
         adapter=None if config.lora is None else "lora",
         rank=config.lora or 0,
         itemsize=2 if config.dtype == "bfloat16" else 4,
@@ -73,11 +78,19 @@ def forecast(config: TrainConfig, model: nn.Module, steps: list[Step], *, say: C
         f" ({plan.peak_moment}: {', '.join(parts) or 'less than 1 each'})"
     )
     if not plan.fits:
-        wanted = Wanted(on.optimizer, on.adapter, on.rank, on.itemsize, built_only=True)
+        wanted = Wanted(None, on.adapter, on.rank, on.itemsize, built_only=True)
         other = choose(shape, load, budget, wanted)
-        advice = "--gradient-checkpointing would do" if other.fits else "shorter sequences or a smaller --max-tokens"
+        advice = ", ".join(other.on.names()) + " would do" if other.fits else "a smaller --max-tokens"
         say(f"warning: that and a reserve are {-plan.headroom / MIB:.0f} MiB more than the GPU has; {advice}")
     return Forecast(plan, device, held)
+
+
+def _host_layers(config: TrainConfig, layers: int) -> int:
+    """auto: all of them, which is what the device holds least with."""
+    wanted = config.offload_checkpoints
+    if wanted is None:
+        return 0
+    return layers if wanted in ("all", "auto") else int(wanted)
 
 
 def run_load(config: TrainConfig, steps: list[Step]) -> Load:

@@ -14,8 +14,6 @@ from torch import Tensor
 
 # float32 temporaries of one parameter slice; a 128256 x 4096 head taken whole would need 2 GiB for each of four
 _SLICE_NUMEL = 1 << 24
-# of the two states of a weight of 4 bytes or fewer
-STATE_BYTES = 8
 _DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -105,15 +103,23 @@ class AdamWSR(torch.optim.Optimizer):
         if state_dict["state_dtype"] != str(self.state_dtype):
             raise ValueError(f"state_dict holds {state_dict['state_dtype']} states, this optimizer {self.state_dtype}")
         super().load_state_dict(state_dict)
-        # torch casts floating states to the weight's dtype, which would round the float32 states of bf16 weights
-        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for weight, i in zip(self._weights(), saved_ids, strict=True):
-            for name, value in state_dict["state"].get(i, {}).items():
-                self.state[weight][name] = value.to(weight.device, copy=True) if isinstance(value, Tensor) else value
+        restore_states(self, state_dict)
         self.generator.set_state(state_dict["generator"].cpu())
 
     def _weights(self) -> list[Tensor]:
         return [weight for group in self.param_groups for weight in group["params"]]
+
+
+def restore_states(optimizer: Any, state_dict: dict[str, Any]) -> None:
+    """States as they were saved: load_state_dict casts them to the weight's dtype, which rounds a bf16 weight's."""
+    saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for weight, i in zip(weights, saved_ids, strict=True):
+        for name, value in state_dict["state"].get(i, {}).items():
+            if isinstance(value, Tensor):
+                # the count of steps is read by the host
+                value = value.to("cpu" if name == "step" else weight.device, copy=True)
+            optimizer.state[weight][name] = value
 
 
 def round_stochastically_(target: Tensor, source: Tensor, *, generator: torch.Generator) -> None:

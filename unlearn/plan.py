@@ -156,13 +156,13 @@ class Measure:
 
 MEASURES = {
     "checkpointing": Measure("each layer recomputed in the backward (--gradient-checkpointing)", True),
-    "tiled layers": Measure("everything token-wise in tiles; attention alone sees the whole sequence", False),
-    "checkpoints on host": Measure("layers' inputs wait in pinned host memory", False),
+    "tiled layers": Measure("everything but the attention in tiles of tokens (--tile-tokens)", True),
+    "checkpoints on host": Measure("layers' inputs wait in pinned host memory (--offload-checkpoints)", True),
     "adamw": Measure("AdamW, float32 states, bf16 weights rounded stochastically", True),
     "adamw-bf16": Measure("the same with bf16 states (unlearn.optim has them, no option yet)", False),
-    "adamw8bit": Measure("8-bit states in blocks of 256", False),
-    "adafactor": Measure("row and column sums for states; another algorithm, planned only where asked for", False),
-    "step in backward": Measure("a weight is stepped once its gradient is there, which is dropped", False),
+    "adamw8bit": Measure("8-bit states in blocks of 256 (--optimizer adamw8bit)", True),
+    "adafactor": Measure("row and column sums for states (--optimizer adafactor); planned only where asked for", True),
+    "step in backward": Measure("a weight is stepped once its gradient is there (--optimizer-in-backward)", True),
     "lora": Measure("float32 adapters of rank R on every linear layer; the model frozen (--lora R)", True),
     "qlora": Measure("the same; the layers' matrices in 4 bits", False),
 }

@@ -34,12 +34,11 @@ from unlearn import __version__, adapters, checkpoint
 from unlearn.batches import Step
 from unlearn.files import holding, naming
 from unlearn.memory import is_out_of_memory
-from unlearn.optim import AdamWSR
 
 METRICS_FILE, MODEL_FOLDER, CHECKPOINT_FOLDER, LOCK_FILE = "metrics.jsonl", "model", "checkpoints", "lock"
 _WEIGHTS, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.pt", "state.json"
 # Settings that a resumed run may change: none of them reaches the weights.
-_FREE_SETTINGS = ("output", "save_every", "reference_cache")
+_FREE_SETTINGS = ("output", "save_every", "reference_cache", "offload_checkpoints", "save_attention")
 # What decides the last bit of a result on the same data and settings.
 _BITWISE = ("torch", "transformers", "device", "threads")
 
@@ -187,7 +186,9 @@ def _check_same_settings(stored: dict[str, Any], now: dict[str, Any]) -> None:
             raise ValueError(f"resume: {name} was {stored.get(name)!r} and is now {value!r}; they have to agree")
 
 
-def save_checkpoint(output: Path, step: int, model: nn.Module, optimizer: AdamWSR, metrics: MetricsFile) -> None:
+def save_checkpoint(
+    output: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, metrics: MetricsFile
+) -> None:
     """Raises OSError naming the file that could not be written, and leaves the checkpoint before as the latest."""
 
     def write(folder: Path) -> None:
@@ -215,7 +216,7 @@ def _save_optimizer(state: dict[str, Any], path: Path) -> None:
         raise
 
 
-def load_checkpoint(output: Path, model: nn.Module, optimizer: AdamWSR, metrics: MetricsFile) -> int:
+def load_checkpoint(output: Path, model: nn.Module, optimizer: torch.optim.Optimizer, metrics: MetricsFile) -> int:
     """Steps done at the newest checkpoint, with model, optimizer and metrics set back to it; 0 where there is none.
 
     Raises ValueError naming a checkpoint that is damaged; metrics.jsonl is then as it was.

@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -27,10 +28,12 @@ from unlearn.batches import Step, TrainingSet, all_steps, num_steps_per_epoch, w
 from unlearn.config import TrainConfig
 from unlearn.data import Item, PackedBatch, Role, Sequence, collate, pack
 from unlearn.forecast import forecast
+from unlearn.longcontext import long_context
 from unlearn.memory import peak_mib, reset_peak
 from unlearn.methods import METHODS, BatchLoss, StepTotals, batch_loss, check_config
 from unlearn.model import check_ids, head_of, hidden_states
-from unlearn.optim import AdamWSR, linear_schedule
+from unlearn.optim import linear_schedule
+from unlearn.optimizers import InBackward, gradient_norm, make_optimizer, set_lr, tensor_norm
 from unlearn.runfiles import (
     METRICS_FILE,
     MODEL_FOLDER,
@@ -132,6 +135,7 @@ def train(
     output, device = Path(config.output), next(model.parameters()).device
     plan = all_steps(data, config)
     rates = learning_rates(config, data, len(plan))
+    longest = check_packs(plan, config)
     if config.lora is not None:
         adapters.attach(model, config)
     header = {
@@ -142,20 +146,18 @@ def train(
     }
     check_ids(model, unique(sequence for step in plan for sequence in step.sequences()))
     with contextlib.ExitStack() as stack:
+        optimizer = make_optimizer(config, [p for p in model.parameters() if p.requires_grad])
+        # tiled layers recompute themselves
+        stack.enter_context(repeatable(model, recompute=config.gradient_checkpointing and not config.tile_tokens))
+        stack.enter_context(long_context(model, config, longest=longest, say=partial(_beside_bars, say)))
         metrics = stack.enter_context(open_output(output, header, resume=resume, say=say))
         if config.lora is not None:
             say(adapters.line(model))
-        stack.enter_context(repeatable(model, recompute=config.gradient_checkpointing))
         expected = forecast(config, model, plan, say=say)
         with adapters.as_reference(model):
             ref = compute_reference(config, model, tokenizer, plan, say=say, progress=progress)
-        optimizer = AdamWSR(
-            [p for p in model.parameters() if p.requires_grad],
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            seed=config.seed,
-        )
         broken = not_finite(model)
+        in_backward = stack.enter_context(InBackward(optimizer)) if config.optimizer_in_backward else None
         done = load_checkpoint(output, model, optimizer, metrics) if resume else 0
         if done:
             say(f"resuming after step {done} of {len(plan)}")
@@ -171,8 +173,7 @@ def train(
         )
         for step, lr in zip(plan[done:], rates[done:], strict=True):
             start = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            set_lr(optimizer, lr)
             totals = _with_baseline(step, config, model, ref) if method.baseline else step.totals
             packs = pack(with_reference(step.groups, ref.logprobs), config.max_tokens)
             tally = StepTally(config, totals)
@@ -189,16 +190,20 @@ def train(
                     check_invariants(batch, rehearsal, result.logprobs, next(model.parameters()).dtype, say)
                 if first and result.kl is not None:
                     check_kl(batch, result.kl.item(), next(model.parameters()).dtype, say)
-                if config.skip_below == 0 or bool(result.active.any()):
+                useful = config.skip_below == 0 or bool(result.active.any())
+                # in the backward weights move: a broken loss must not reach them
+                if useful and (in_backward is None or math.isfinite(result.loss.item())):
                     result.loss.backward()
                 tally.add(batch, result)
-            grad_norm = _clip(model, config.max_grad_norm)
+            grad_norm = in_backward.pop_gradient_norm() if in_backward else _clip(model, config.max_grad_norm)
             row = tally.row() | {"grad_norm": grad_norm, "lr": lr}
             if math.isfinite(row["loss"]) and math.isfinite(grad_norm):
-                optimizer.step()
+                if in_backward is None:
+                    optimizer.step()
             else:
                 bar.clear()
-                _stop_or_skip(config, output, step, row, say)
+                moved = in_backward is not None and math.isfinite(row["loss"])
+                _stop_or_skip(config, output, step, row, say, moved=moved)
                 row["skipped"] = True
             optimizer.zero_grad(set_to_none=True)
             if device.type == "cuda":
@@ -233,6 +238,12 @@ def learning_rates(config: TrainConfig, data: TrainingSet, num_steps: int) -> li
     if not any(rates):  # a warm-up starts at 0
         raise ValueError(f"warmup_epochs: {config.warmup_epochs} keeps the only step at a rate of 0; 0 is accepted")
     return rates
+
+
+def _beside_bars(say: Say, text: str) -> None:
+    """Where no bar is at hand to be cleared first."""
+    with tqdm.external_write_mode():
+        say(text)
 
 
 def _forward(
@@ -402,22 +413,20 @@ class StepTally:
 def _clip(model: nn.Module, max_norm: float | None) -> float:
     """The whole step's gradient norm, in float32 whatever the gradients are, clipped to max_norm where one is set."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    if not grads:
-        return 0.0  # every sequence of the step was skipped
-    dtype = torch.promote_types(grads[0].dtype, torch.float32)
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad, dtype=dtype) for grad in grads])).item()
+    norm = gradient_norm([tensor_norm(grad) for grad in grads])  # 0 where every sequence of the step was skipped
     if max_norm is not None and max_norm < norm < math.inf:
         for grad in grads:
             grad.mul_(max_norm / norm)
     return norm
 
 
-def _stop_or_skip(config: TrainConfig, output: Path, step: Step, row: dict[str, Any], say: Say) -> None:
-    """Keep the batch that broke; stop unless asked to go on. The optimizer has not moved."""
+def _stop_or_skip(config: TrainConfig, output: Path, step: Step, row: dict[str, Any], say: Say, *, moved: bool) -> None:
+    """Keep the batch that broke; stop unless asked to go on. The optimizer has not moved, unless in the backward."""
     path = save_broken_step(output, step, row)
     keys = [s.key for group in step.groups for s, _ in group]
+    fate = "applied in the backward already; --resume starts from the last checkpoint" if moved else "not applied"
     text = (
-        f"step {step.index + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}; not applied."
+        f"step {step.index + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}; {fate}."
         f" Sequences: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}; the batch is in {path}"
     )
     if config.on_non_finite == "stop":
@@ -426,6 +435,23 @@ def _stop_or_skip(config: TrainConfig, output: Path, step: Step, row: dict[str, 
 
 
 # ------------------------------------------------------------------------------------------------------------ the run
+
+
+def check_packs(plan: list[Step], config: TrainConfig) -> int:
+    """Tokens of the longest micro-batch to come. Raises ValueError where a step in the backward, which takes its whole
+    gradient from one, would need several."""
+    longest = 0
+    for step in plan:
+        packs = pack(with_reference(step.groups, {}), config.max_tokens)
+        if config.optimizer_in_backward and len(packs) > 1:
+            raise ValueError(
+                f"optimizer_in_backward: step {step.index + 1} takes {len(packs)} micro-batches of max_tokens"
+                f" {config.max_tokens}, and gradients are not accumulated; more max_tokens or a smaller batch_size is"
+                " accepted"
+            )
+        sizes = (sum(item.sequence.num_tokens for group in packed for item in group) for packed in packs)
+        longest = max(longest, *sizes)
+    return longest
 
 
 def fingerprint(plan: list[Step]) -> str:

@@ -145,6 +145,7 @@ def _dry_run(config: TrainConfig, args: argparse.Namespace) -> int:
 
 def _reference(args: argparse.Namespace) -> int:
     from unlearn.batches import all_steps
+    from unlearn.longcontext import long_context
     from unlearn.methods import check_config
     from unlearn.train import compute_reference
 
@@ -152,6 +153,9 @@ def _reference(args: argparse.Namespace) -> int:
     if not check_config(config).reference and config.retain_term != "kl":
         raise ValueError(f"method: {config.method} with retain_term {config.retain_term} needs no reference")
     model, tokenizer, data = _load(config)
-    ref = compute_reference(config, model, tokenizer, all_steps(data, config), say=print, progress=True)
+    if not config.tile_tokens:  # without a backward there is nothing to recompute or offload
+        config = dataclasses.replace(config, offload_checkpoints=None)
+    with long_context(model, config, say=print):
+        ref = compute_reference(config, model, tokenizer, all_steps(data, config), say=print, progress=True)
     print(f"stored in {config.reference_dir} after {ref.seconds:.1f} s")
     return 0

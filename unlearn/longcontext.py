@@ -1,0 +1,44 @@
+"""The measures for long contexts that a run's settings ask for, engaged on a model and taken back again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from torch import nn
+
+from unlearn.config import TrainConfig
+from unlearn.offload import PLAIN_WORKING_UNITS, TILED_WORKING_UNITS, CheckpointStore, offloaded_checkpoints
+from unlearn.optimizers import bytes_to_come
+from unlearn.tiled import decoder_layers, tiled
+
+
+@contextlib.contextmanager
+def long_context(
+    model: nn.Module, config: TrainConfig, *, longest: int = 0, say: Callable[[str], None]
+) -> Iterator[None]:
+    """Tiled layers and offloaded checkpoints as `config` names them; longest: tokens of the longest pack. Without
+    tiles, offloading needs transformers' own checkpointing to be on already (unlearn.train.repeatable).
+
+    Raises ValueError for layers that cannot be tiled and for more layers to offload than there are.
+    """
+    if not config.tile_tokens and config.offload_checkpoints is None:
+        yield
+        return
+    layers = decoder_layers(model)
+    named = {None: 0, "all": len(layers), "auto": None}
+    wanted = config.offload_checkpoints
+    store = CheckpointStore(
+        len(layers),
+        named[wanted] if wanted in named else int(wanted or 0),
+        bytes_to_come=bytes_to_come(config, model.parameters()),
+        working_units=TILED_WORKING_UNITS if config.tile_tokens else PLAIN_WORKING_UNITS,
+        longest=longest,
+        say=say,
+    )
+    if config.tile_tokens:
+        measures = tiled(model, config.tile_tokens, store=store, save_attention=config.save_attention)
+    else:
+        measures = offloaded_checkpoints(layers, store)
+    with measures:
+        yield
