@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Everything a GPU is needed for, in one call of under nine minutes:
+# What a GPU is needed for, in calls of under nine minutes each:
 #
 #     bench/gpu.sh [--again] [--wheels DIR] [--seconds PART=N]... [--dry-run] [PART ...] [-- OPTION ...]
 #
-# PART      correctness, kernels, peers, train; none named: all of them, in this order, except those whose rows of this
-#           source on this device are there already (--again repeats them; so does naming them)
+# PART      correctness, kernels, peers, train-e; none named: these, in this order, except those whose rows of this
+#           source on this device are there already (--again repeats them; so does naming them).
+#           By name alone, each a call of its own: train-a (attention cores at 32k and 128k), train-b (2 and 4 layers at
+#           128k and 512k against the memory plan), train-c (whole 8B and 7B models, an NPO step at 32k and 128k),
+#           train-d (one measure after another at 32k). train: train-a to train-e one after another, 40 minutes
 # --wheels  a folder of wheels of liger-kernel, cut-cross-entropy, quack-kernels, trl and whatever they want; installed
 #           beside nothing, without a network. What is not there is reported and left out; wheels of torch and triton
 #           are not taken, as the peers would run on another torch than the kernels they are compared with
@@ -20,9 +23,11 @@ set -uo pipefail
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; }
 root="$(cd "$(dirname "$0")/.." && pwd)"
 python="${PYTHON:-python3}"
-all=(correctness kernels peers train)
-# 445 s, and at most 20 more each for imports and for a part that does not stop by itself: 525 in all
-declare -A seconds=([correctness]=145 [kernels]=165 [peers]=75 [train]=60)
+all=(correctness kernels peers train-e)
+# 445 s without train-a to train-d, and at most 20 more each for imports and for a part that does not stop by itself:
+# 525 in all, and for each of those four as well
+declare -A seconds=([correctness]=145 [kernels]=165 [peers]=75 [train-e]=60)
+seconds+=([train-a]=420 [train-b]=500 [train-c]=500 [train-d]=500)
 grace=15
 again=0 dry=0 wheels="" parts=() options=()
 
@@ -32,13 +37,14 @@ while [ $# -gt 0 ]; do
         --wheels) wheels="$(cd "${2:?--wheels wants a folder}" && pwd)" || exit 2; shift ;;
         --seconds)
             case "${2:-}" in
-                correctness=* | kernels=* | peers=* | train=*) seconds["${2%%=*}"]="${2#*=}"; shift ;;
+                correctness=* | kernels=* | peers=* | train-[a-e]=*) seconds["${2%%=*}"]="${2#*=}"; shift ;;
                 *) echo "--seconds wants PART=N" >&2; exit 2 ;;
             esac ;;
         --dry-run) options+=(--device cpu --backend torch --tiny); dry=1 ;;
         --help | -h) usage; exit 0 ;;
         --) shift; options+=("$@"); break ;;
-        correctness | kernels | peers | train) parts+=("$1") ;;
+        correctness | kernels | peers | train-[a-e]) parts+=("$1") ;;
+        train) parts+=(train-a train-b train-c train-d train-e) ;;
         *) echo "unknown argument: $1" >&2; usage >&2; exit 2 ;;
     esac
     shift
@@ -76,6 +82,9 @@ failed=()
 for part in "${parts[@]}"; do
     case "$part" in
         peers) command=(bench.gpu_kernels --peers) ;;
+        train-a) command=(bench.gpu_attention) ;;
+        train-[b-d]) command=(bench.gpu_context "$part") ;;
+        train-e) command=(bench.gpu_train) ;;
         *) command=("bench.gpu_$part") ;;
     esac
     path="$PYTHONPATH"

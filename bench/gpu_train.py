@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from bench import part as parts
 from bench.part import Part
 from bench.rows import first_line
+from bench.steps import BETA, sequence_nll
 from bench.timing import Interleaved, Stopwatch, peak_mib, quartiles, release
 
-BETA = 0.1
 SHARES = (0.6, 0.15)
 # bf16 sums of log-likelihoods near -500 are 2 apart, which moves the padded slope of a sequence by up to a tenth.
 LOSS_BOUND, GRADIENT_BOUND = 5e-2, 2e-1
@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=70, help="tokens of a row, on average")
     parser.add_argument("--tied", action="store_true", help="head and embedding share their weight")
     parser.add_argument("--rounds", type=int, default=20)
-    return parts.run("train", parser, measure)
+    return parts.run("train-e", parser, measure)
 
 
 def measure(part: Part) -> None:
@@ -173,9 +173,9 @@ class Steps:
 
     def padded(self) -> Tensor:
         inputs = self._padded_inputs(self.forget)
-        nll = self._sequence_nll(self.policy, inputs)
+        nll = sequence_nll(self.policy, inputs)
         with torch.no_grad():
-            ref_nll = self._sequence_nll(self.frozen, inputs)
+            ref_nll = sequence_nll(self.frozen, inputs)
         forget = (-2 / BETA * torch.nn.functional.logsigmoid(BETA * (nll - ref_nll))).mean()
         loss = forget + self.policy(**self._padded_inputs(self.retain)).loss
         loss.backward()
@@ -192,15 +192,6 @@ class Steps:
             mask[at, : len(row.input_ids)] = 1
         inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         return {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
-
-    @staticmethod
-    def _sequence_nll(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """Summed over each row's labels, from full logits in the model's dtype; labels go in, as they do there."""
-        logits = model(**inputs).logits[:, :-1].contiguous()
-        token = torch.nn.functional.cross_entropy(
-            logits.transpose(1, 2), inputs["labels"][:, 1:], ignore_index=-100, reduction="none"
-        )
-        return token.sum(1)
 
 
 def measure_steps(part: Part, steps: Steps, what: Fields, resident_mib: float, seconds: float) -> None:
