@@ -9,15 +9,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bench import context_tables
 from bench.rows import RESULTS, read
 
 Row = dict[str, Any]
-PARTS = ("correctness", "kernels", "peers", "train")
+PARTS = ("correctness", "kernels", "peers", "train-e")
 # Units of one bf16 matrix product: no gradient, trained head, frozen head.
 TARGETS = {"forward": 1.05, "full": 3.2, "frozen": 2.1}
 ERROR_TARGET = 1e-5
 MEMORY_SHAPE, MEMORY_TARGET_MIB = "16384 x 4096 x 128256", 3.4 * 1024
 OURS = "unlearn_kernels"
+# of a row that was left out, what says which it would have been
+_NAMING = ("provider", "check", "optimizer", "model", "layers", "context", "rung")
 
 
 def summary(folder: Path, names: Iterable[str] = PARTS) -> str:
@@ -31,7 +34,10 @@ def summary(folder: Path, names: Iterable[str] = PARTS) -> str:
             continue
         if rows[-1]["tiny"]:
             lines.append("tiny shapes: the scripts were tried, nothing was measured")
-        lines += {"correctness": _correctness, "train": _train}.get(name, _kernels)(rows)
+        if name in context_tables.TABLES:
+            lines += context_tables.summary_lines(name, rows)
+        else:
+            lines += {"correctness": _correctness, "train-e": _train}.get(name, _kernels)(rows)
         lines += _endings(rows)
     return "\n".join(line[:100].rstrip() for line in lines[1:]) + "\n"
 
@@ -52,7 +58,7 @@ def _endings(rows: list[Row]) -> list[str]:
     left: dict[str, list[str]] = {}
     for row in rows:
         if row["case"] == "left_out":
-            what = [str(row[key]) for key in ("provider", "check", "optimizer") if key in row]
+            what = [str(row[key]) for key in _NAMING if key in row and not isinstance(row[key], dict)]
             left.setdefault(row["reason"], []).append(" ".join(([_shape(row)] if "shape" in row else []) + what))
     for reason, what in left.items():
         lines.append(f"left out, {reason}:")

@@ -7,6 +7,7 @@ A table stands between `<!-- rows:NAME -->` and `<!-- end -->`; NAME picks the f
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import statistics
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import charts
+from bench import charts, context_tables
 from bench.rows import read
 from unlearn.report import format_number
 
@@ -194,6 +195,16 @@ def _gpu_table(name: str, kinds: tuple[str, ...]) -> str:
     return _markdown(lines) + _gpu_source(name, rows[-1])
 
 
+def gpu_context_table(part: str) -> str:
+    """What bench.context_tables makes of the rows of one of the parts about long contexts."""
+    name, table = f"gpu_{part}", context_tables.TABLES[part]
+    head, *cells = table.cells([row for row in read(name) if not row["tiny"]])
+    if not cells:
+        return f"Not measured yet: `bench/gpu.sh {part}` makes `bench/results/{name}.jsonl` on a machine with a GPU."
+    lines = [head, ["---"] * table.labels + ["---:"] * (len(head) - table.labels), *cells]
+    return _markdown(lines) + "\n\n" + table.note + _gpu_source(name, read(name)[-1]).replace("\n\n", " ")
+
+
 def _units(row: dict[str, Any] | None) -> str:
     if row is None:
         return "-"
@@ -223,9 +234,9 @@ def _source(case: str, rows: list[dict[str, Any]]) -> str:
 
 def gpu_train_table() -> str:
     """A whole step, this project's way and with padded rows, full logits and a resident reference model."""
-    rows = [row for row in read("gpu_train") if row["case"] == "train_step" and not row["tiny"]]
+    rows = [row for row in read("gpu_train-e") if row["case"] == "train_step" and not row["tiny"]]
     if not rows:
-        return "Not measured yet: `bench/gpu.sh` makes `bench/results/gpu_train.jsonl` on a machine with a GPU."
+        return "Not measured yet: `bench/gpu.sh` makes `bench/results/gpu_train-e.jsonl` on a machine with a GPU."
     lines = [["labelled", "step", "ms", "tokens/s", "peak MiB", "MiB of models", "loss differs by"],
              ["---:", "---", *["---:"] * 5]]  # fmt: skip
     for row in rows:
@@ -234,7 +245,7 @@ def gpu_train_table() -> str:
             cells = [f"{row['ms']:.1f}", f"{row['tokens_per_second']:.0f}", f"{row['peak_mib']:.0f}"]
         agreement = f"{row['loss_relative']:.1e}" if "loss_relative" in row else ""
         lines.append([f"{row['labelled']:.0%}", row["provider"], *cells, f"{row['resident_mib']:.0f}", agreement])
-    return _markdown(lines) + _gpu_source("gpu_train", rows[-1])
+    return _markdown(lines) + _gpu_source("gpu_train-e", rows[-1])
 
 
 def plan_table() -> str:
@@ -275,6 +286,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "evaluation": evaluation_table,
     "schedules": schedules_table,
     "gpu-kernels": gpu_kernels_table,
+    "gpu-attention": functools.partial(gpu_context_table, "train-a"),
+    "gpu-depth": functools.partial(gpu_context_table, "train-b"),
+    "gpu-context": functools.partial(gpu_context_table, "train-c"),
+    "gpu-ablation": functools.partial(gpu_context_table, "train-d"),
     "gpu-peers": gpu_peers_table,
     "gpu-train": gpu_train_table,
     "plan": plan_table,
