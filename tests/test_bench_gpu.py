@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_correctness, gpu_kernels, gpu_summary, part, providers, readme, workers
+from bench import context_tables, gpu_correctness, gpu_kernels, gpu_summary, part, providers, readme, workers
 from bench.inputs import Case, Padded, npo, padded_truth, relative_error, truth_of
 from bench.rows import ROOT, RowFile, read
 from bench.timing import Budget, Interleaved, Stopwatch, Unit, quartiles
@@ -77,13 +77,16 @@ def test_every_part_runs_with_torch_triton_and_transformers_alone(tmp_path):
         f"bench.gpu_kernels {shared}",
         f"bench.gpu_kernels --peers {shared}",
         f"bench.gpu_train {shared}",
+        f"bench.gpu_attention {shared}",
+        *(f"bench.gpu_context {part} {shared}" for part in ("train-b", "train-c", "train-d")),
         f"bench.gpu_correctness {shared} --groups strides bad_targets",
         f"bench.gpu_summary --out {tmp_path}",
+        f"bench.gpu_summary --out {tmp_path} {' '.join(context_tables.TABLES)}",
     ]
     command = [sys.executable, "-c", BARE, ",".join(sorted(allowed)), *calls]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    for name in gpu_summary.PARTS:
+    for name in (*gpu_summary.PARTS, *context_tables.TABLES):
         rows = read(f"gpu_{name}", tmp_path)
         assert rows[-1]["case"] == "end" and rows[-1]["failed"] == 0, name
         assert str(tmp_path) not in (tmp_path / f"gpu_{name}.jsonl").read_text(), "a path of this machine in the rows"
