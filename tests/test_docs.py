@@ -116,7 +116,7 @@ def test_unlearn_my_documents(desk, capfd):
     """The page's commands in its order; what the model recites falls, what it is to keep does not."""
     printed = []
     commands = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
-    assert len(commands) == 7
+    assert len(commands) == 8
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "unlearn"
@@ -126,13 +126,15 @@ def test_unlearn_my_documents(desk, capfd):
         assert cli.main(arguments) == 0, command
         out = capfd.readouterr().out
         printed.append(json.loads(out) if "--json" in arguments else {})
-    before, full, _, _, after, scores, facts = printed
+    before, full, _, _, after, scores, _, facts = printed
     # recited whole; the F1 is less since the model goes on where these short documents end
     assert before["verbmem_f_recall"] > 0.9 and before["verbmem_f"] > 0.6 and before["mia_min_k_auc"] == 1.0
     assert after["verbmem_f"] < 0.5 * before["verbmem_f"]
     assert full["forget_logprob_per_token"] > -0.5 and scores["forget_logprob_per_token"] < -1
     assert scores["retain_logprob_per_token"] > full["retain_logprob_per_token"] - 0.5
     assert {"knowmem_f", "knowmem_r"} < facts.keys()
+    page = Path("report.html").read_text()
+    assert "forgotten: finished" in page and "not comparable" not in page and "only one of" not in page
     # the file says what the command says, for another folder
     first, again = (Path(name, "metrics.jsonl").read_text().splitlines() for name in ("forgotten", "forgotten-again"))
     config, other = (json.loads(lines[0])["config"] for lines in (first, again))

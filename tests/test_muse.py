@@ -10,7 +10,7 @@ from tests.test_cli import refused
 from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer, write_rows
 from unlearn import cli, muse
 from unlearn.data import Row, load_rows, rows_from
-from unlearn.evaluate import MEMBERSHIP, SetScores, make_set, membership_auc, score_sets
+from unlearn.evaluate import MEMBERSHIP, SetScores, gold_min_k_auc, make_set, membership_auc, score_sets
 from unlearn.metrics import auc, min_k, privleak
 from unlearn.scoring import TokenScores
 
@@ -175,7 +175,7 @@ def test_privleak_counts_every_token_of_a_document():
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     texts = {"forget": TEXTS, "holdout": [text[::-1] for text in TEXTS]}
     sets = tuple(make_set(name, name, documents(texts[name]), tokenizer) for name in texts)
-    gold = muse.min_k_auc(tiny_llama(seed=3), sets, max_tokens=64)
+    gold = gold_min_k_auc(score_sets(tiny_llama(seed=3), sets, max_tokens=64))
     values = muse.evaluate_muse(
         model, tokenizer, muse.MuseSets(privleak=sets), gold_min_k_auc=gold, max_tokens=64, batch_size=1
     )
@@ -261,6 +261,32 @@ def test_the_command(files, capfd):
     assert cli.main([*arguments, "--max-rows", "1"]) == 0
     table = dict(line.split() for line in capfd.readouterr().out.splitlines())
     assert table.keys() == values.keys() and float(table["mia_min_k_auc"]) in (0, 0.5, 1)
+
+
+def test_a_report_finds_what_muse_stored(files, tmp_path, capfd):
+    sets = {"forget": files / "forget", "holdout": files / "holdout", "window": 40, "max_rows": 1}
+    assert cli.main([*options(files, output=tmp_path / "before", **sets), "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert err.rpartition("\r")[2].strip() == f"stored in {tmp_path / 'before' / 'muse.json'}"
+    stored = json.loads((tmp_path / "before" / "muse.json").read_text())
+    assert stored["metrics"] == json.loads(out) and stored["run"] is None and stored["options"]["max_rows"] == 1
+    assert {name: (one["kind"], one["rows"]) for name, one in stored["sets"].items()} == {
+        "verbmem": ("generated", 1), "forget": ("forget", 1), "holdout": ("holdout", 1),
+    }  # fmt: skip
+    page = tmp_path / "page.html"
+    assert cli.main(["report", str(tmp_path / "before"), "--output", str(page)]) == 0
+    assert "VerbMem, forget" in page.read_text()
+
+
+def test_a_gold_model_that_leaves_privleak_no_number(files, capsys, monkeypatch):
+    """Said before the model is measured, for hours, and not after."""
+    monkeypatch.setattr("unlearn.evaluate.membership_auc", lambda name, forget, holdout: 1.0)
+    monkeypatch.setattr(muse, "evaluate_muse", None)
+    monkeypatch.setattr("unlearn.evaluate.evaluate", None)
+    sets = {"forget": files / "forget", "holdout": files / "holdout", "gold": files / "gold"}
+    arguments = options(files, **sets)
+    for command in (arguments, ["eval", *arguments[1 : arguments.index("--prompt-tokens")], *arguments[-6:]]):
+        assert "gold: it tells every forget row from every holdout row (an AUC of 1)" in refused(capsys, command)
 
 
 def test_eval_of_documents_generates_nothing(files, capfd, monkeypatch):

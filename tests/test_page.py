@@ -8,9 +8,12 @@ import re
 
 import pytest
 
+from tests.tiny import tiny_tokenizer
 from unlearn import cli, plots, runs
-from unlearn.page import make_subjects, render, write_page
-from unlearn.runs import StoredEvaluation, read_run, write_evaluation
+from unlearn.data import rows_from, windows
+from unlearn.evaluate import make_set
+from unlearn.page import _metric_groups, make_subjects, render, write_page
+from unlearn.runs import StoredEvaluation, described_set, read_run, text_of, write_evaluation
 
 SCRIPT = "<script>alert('x')</script> & $x_1$"
 CONFIG = {"method": "npo", "retain_term": "nll", "beta": 0.1, "lr": 1e-5, "output": "out", "model": "./my-model"}
@@ -88,13 +91,14 @@ def page_of(tmp_path, *folders, before=None, gold=None, title="A title"):
 
 
 def test_the_page_shows_what_the_files_say(tmp_path):
-    other = CONFIG | {"beta": 0.5, "output": "elsewhere"}
+    other = CONFIG | {"beta": 0.5, "output": "elsewhere", "lora": 16}
     better = evaluation(metrics={"forget_quality": 0.62, "model_utility": 0.4})
     first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b", config=other, evaluated=better)
     for name in ("before", "gold"):
         write_evaluation(tmp_path / name, evaluation(metrics={"forget_quality": 1e-22, "model_utility": 0.7}))
     page, text = page_of(tmp_path, first, second, before=tmp_path / "before", gold=tmp_path / "gold")
-    for expected in ("0.370", "0.620", "0.0123", "new metric", "7.50", "1.00e-22", "Odo.", "0.250", "6.00", "d1"):
+    for expected in ("0.370", "0.620", "0.0123", "new metric", "7.50", "1.00e-22", "Odo.", "0.250", "6.00", "d1",
+                     "npo + nll", "npo + nll + LoRA 16"):  # fmt: skip
         assert expected in page.texts, expected
     # beta is the one setting that differs; the folders' names are none
     table = text[text.index("<h2>Configuration") : text.index("settings that the runs share")]
@@ -159,7 +163,48 @@ def test_an_evaluation_of_other_rows_or_another_run_is_not_passed_off(tmp_path):
     redone = (one / "metrics.jsonl").read_text().replace('"beta": 0.1', '"beta": 0.2')
     (one / "metrics.jsonl").write_text(redone)
     found = read_run(one)
-    assert found.evaluation is None and "is not of this run" in found.status
+    assert found.evaluations == {} and "is not of this run" in found.status
+
+
+def test_both_kinds_of_evaluation_stand_side_by_side(tmp_path):
+    """PrivLeak of `unlearn eval` and of `unlearn muse` are of their own rows: two lines, neither hides the other."""
+    folder = make_run(tmp_path / "a", evaluated=evaluation(metrics={"privleak": -12.5, "forget_probability": 0.25}))
+    name = json.loads((folder / "eval.json").read_text())["run"]
+    found = evaluation(
+        metrics={"verbmem_f": 0.75, "knowmem_r": 0.625, "mia_min_k_auc": 0.875, "privleak": -50.0}, run=name
+    )
+    write_evaluation(folder, dataclasses.replace(found, samples={}), name="muse.json")
+    other = make_run(tmp_path / "b", evaluated=False)
+    name = runs._run_name((other / "metrics.jsonl").read_bytes().partition(b"\n")[0])
+    write_evaluation(other, dataclasses.replace(found, options={"max_rows": 1}, run=name), name="muse.json")
+    page, text = page_of(tmp_path, folder, other)
+    subjects = make_subjects([read_run(folder), read_run(other)], before=None, gold=None)
+    table = [row for heading, rows in _metric_groups(subjects) for row in (heading, *rows)]
+    assert table[: table.index("Cost")] == [
+        "Forgetting",
+        ("forget prob.", "low", [0.25, None]),
+        ("VerbMem, forget", "low", [0.75, 0.75]),
+        "Membership",
+        ("PrivLeak [%]", "0 (negative: still known)", [-12.5, None]),
+        ("PrivLeak (muse) [%]", "0 (negative: still known)", [-50.0, -50.0]),
+        ("AUC, min-k (muse)", "0.5 (not told from unseen)", [0.875, 0.875]),
+        "Keeping",
+        ("KnowMem, retain", "high", [0.625, 0.625]),
+    ]
+    assert "b was evaluated with another dtype, max_rows than a." in page.texts
+    assert {"eval.json: model", "muse.json: model", "muse.json: set forget"} <= set(page.texts)
+    assert "not evaluated" not in text
+
+
+def test_the_text_of_a_window_is_read_and_not_its_whole_document():
+    document = "Mara Quill was born in the town of Arvel, by the river. " * 40
+    rows = windows(rows_from([{"text": document}], "d"), tiny_tokenizer(), size=16)
+    group = make_set("forget", "forget", rows, tiny_tokenizer())
+    assert len(group.rows) > 20 and len(json.dumps(list(text_of(group)))) < 2 * len(document)
+    described = [
+        described_set("forget", "d", text_of(one)) for one in (group, dataclasses.replace(group, rows=group.rows[1:]))
+    ]
+    assert described[0]["rows"] == len(rows) and described[0]["digest"] != described[1]["digest"]
 
 
 def test_collapsed_and_non_finite_steps_are_drawn_as_far_as_they_go(tmp_path):

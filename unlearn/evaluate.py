@@ -301,6 +301,17 @@ def membership_auc(name: str, forget: SetScores, holdout: SetScores) -> float:
     return metrics.auc(MEMBERSHIP[name](forget), MEMBERSHIP[name](holdout))
 
 
+def gold_min_k_auc(scores: dict[str, SetScores]) -> float:
+    """The gold model's AUC of min-k, for PrivLeak, which divides by what it lacks to 1. Raises ValueError for 1."""
+    auc = membership_auc("min_k", scores["forget"], scores["holdout"])
+    if auc == 1:
+        raise ValueError(
+            "gold: it tells every forget row from every holdout row (an AUC of 1), and PrivLeak divides by what is"
+            " left to 1; give other --holdout rows, or no --gold"
+        )
+    return auc
+
+
 def _membership_metrics(scores: dict[str, SetScores], yardsticks: Yardsticks) -> dict[str, float]:
     """AUCs of the forget against the holdout set, where there is one, and what other models' say of them."""
     by_kind = {s.kind: (name, s) for name, s in scores.items()}

@@ -153,19 +153,12 @@ def evaluate_muse(
         rouge = metrics.rouge_l(generated, [prompt.truth for prompt in prompts], use_stemmer=False)
         values |= {name: float(rouge.f1.mean()), f"{name}_recall": float(rouge.recall.mean())}
     if sets.privleak:
-        own = min_k_auc(model, sets.privleak, max_tokens=max_tokens, progress=progress)
+        scores = score_sets(model, sets.privleak, max_tokens=max_tokens, progress=progress)
+        own = membership_auc("min_k", scores["forget"], scores["holdout"])
         values["mia_min_k_auc"] = own
         if gold_min_k_auc is not None:
             values["privleak"] = metrics.privleak(own, gold_min_k_auc)
     return values
-
-
-def min_k_auc(
-    model: nn.Module, sets: tuple[EvalSet, ...], *, max_tokens: int, progress: Progress | None = None
-) -> float:
-    """AUC of min-k between the forget and the holdout set, as metrics.privleak takes it."""
-    scores = score_sets(model, sets, max_tokens=max_tokens, progress=progress)
-    return membership_auc("min_k", scores["forget"], scores["holdout"])
 
 
 def sources(data: str | None, given: Mapping[str, str | None]) -> dict[str, str]:

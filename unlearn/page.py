@@ -18,7 +18,7 @@ from unlearn import __version__
 from unlearn.files import replacing
 from unlearn.plots import COLORS, PAGE, Style, as_float, curve_svg, plane_svg, styled
 from unlearn.report import COLUMNS, format_number
-from unlearn.runs import CURVES, Run
+from unlearn.runs import CURVES, EVAL_FILE, MUSE_FILE, Run
 
 TEMPLATE = Path(__file__).with_name("page.html")
 # key -> what its number should be, in the order of the table; where a retrained model is shown, it is the aim
@@ -30,12 +30,20 @@ AIMS = {
     "truth_ratio": "as retrained",
     "forget_exact_memorization": "low",
     "forget_extraction_strength": "low",
+    "verbmem_f": "low",
+    "verbmem_f_recall": "low",
+    "knowmem_f": "low",
+    "knowmem_f_recall": "low",
     "privleak": "0 (negative: still known)",
+    "muse_privleak": "0 (negative: still known)",
     "model_utility": "high",
     "retain_utility": "high",
     "retain_probability": "high",
     "retain_rouge_l": "high",
+    "knowmem_r": "high",
+    "knowmem_r_recall": "high",
 }
+_MEMBERSHIP = ("mia_", "privleak")
 _MEMBERSHIP_AIM = "0.5 (not told from unseen)"
 # what differs between any two runs and is no setting
 _NAMES = ("output",)
@@ -53,12 +61,16 @@ class Subject:
 
     @property
     def metrics(self) -> dict[str, float]:
-        return self.run.evaluation.metrics if self.run.evaluation else {}
+        """Of all evaluations; what two kinds of them have, each on its own rows, keeps two names."""
+        own = dict(self.run.evaluations[EVAL_FILE].metrics) if EVAL_FILE in self.run.evaluations else {}
+        muse = self.run.evaluations[MUSE_FILE].metrics if MUSE_FILE in self.run.evaluations else {}
+        return own | {f"muse_{key}" if key.startswith(_MEMBERSHIP) else key: value for key, value in muse.items()}
 
     @property
     def method(self) -> str:
-        """The method with its retain term, "" without a run."""
-        terms = (self.run.config.get("method"), self.run.config.get("retain_term"))
+        """The method with its retain term and LoRA's rank, "" without a run."""
+        rank = self.run.config.get("lora")
+        terms = (self.run.config.get("method"), self.run.config.get("retain_term"), rank and f"LoRA {rank}")
         return " + ".join(str(term) for term in terms if term not in (None, "none"))
 
 
@@ -134,9 +146,9 @@ def _metric_groups(subjects: Sequence[Subject]) -> list[tuple[str, list[tuple[st
     found = dict.fromkeys(key for subject in subjects for key in subject.metrics)
     for key in (key for key in dict.fromkeys([*AIMS, *COLUMNS, *found]) if key in present):
         group = "Keeping"
-        if key.startswith("mia_") or key == "privleak":
+        if key.removeprefix("muse_").startswith(_MEMBERSHIP):
             group = "Membership"
-        elif key.startswith("forget_") or key == "truth_ratio":
+        elif key.startswith(("forget_", "verbmem_", "knowmem_f")) or key == "truth_ratio":
             group = "Forgetting"
         aim = AIMS.get(key, {"Membership": _MEMBERSHIP_AIM, "Forgetting": "", "Keeping": "high"}[group])
         if group == "Forgetting" and retrained and key != "forget_quality":
@@ -161,19 +173,24 @@ def _warnings(subjects: Sequence[Subject]) -> Iterable[str]:
     for subject in subjects:
         if subject.role == "run" and subject.run.status != "finished":
             yield f"{subject.name}: {subject.run.status}."
-    evaluated = [subject for subject in subjects if subject.run.evaluation is not None]
-    for subject in evaluated[1:]:
-        first, this = evaluated[0].run.evaluation, subject.run.evaluation
-        assert first is not None and this is not None
-        for name in sorted({*first.sets, *this.sets}):
-            theirs, own = (one.sets.get(name, {}).get("digest") for one in (first, this))
-            if theirs and own and theirs != own:
-                yield f"{subject.name} was evaluated on other rows of {name} than {evaluated[0].name}: not comparable."
-            elif theirs != own:
-                yield f"{name}: only one of {subject.name} and {evaluated[0].name} was evaluated on it."
-        changed = [key for key in {**first.options, **this.options} if first.options.get(key) != this.options.get(key)]
-        if changed:
-            yield f"{subject.name} was evaluated with another {', '.join(changed)} than {evaluated[0].name}."
+    for file in (EVAL_FILE, MUSE_FILE):
+        evaluated = [subject for subject in subjects if file in subject.run.evaluations]
+        for subject in evaluated[1:]:
+            yield from _differences(evaluated[0], subject, file)
+
+
+def _differences(one: Subject, other: Subject, file: str) -> Iterable[str]:
+    """Why two evaluations of a kind may not be compared."""
+    first, this = one.run.evaluations[file], other.run.evaluations[file]
+    for name in sorted({*first.sets, *this.sets}):
+        theirs, own = (stored.sets.get(name, {}).get("digest") for stored in (first, this))
+        if theirs and own and theirs != own:
+            yield f"{other.name} was evaluated on other rows of {name} than {one.name}: not comparable."
+        elif theirs != own:
+            yield f"{name}: only one of {other.name} and {one.name} was evaluated on it."
+    changed = [key for key in {**first.options, **this.options} if first.options.get(key) != this.options.get(key)]
+    if changed:
+        yield f"{other.name} was evaluated with another {', '.join(changed)} than {one.name}."
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -218,7 +235,8 @@ def _samples(subjects: Sequence[Subject]) -> list[tuple[str, list[dict[str, Any]
     """(set, [question, true answer, what each subject answers]) of the rows that evaluations kept."""
     sets: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
     for subject in subjects:
-        for name, rows in (subject.run.evaluation.samples if subject.run.evaluation else {}).items():
+        stored = [one.samples for one in subject.run.evaluations.values()]
+        for name, rows in (item for samples in stored for item in samples.items()):
             for row in rows:
                 asked = sets.setdefault(name, {}).setdefault(
                     (row["question"], row["answer"]),
@@ -252,11 +270,11 @@ def _provenance(subjects: Sequence[Subject]) -> list[tuple[Subject, list[tuple[s
         if run.header:
             rows.append(("rows and order (digest)", run.header["data"]))
         rows += [(f"training: {key}", value) for key, value in run.header.get("provenance", {}).items()]
-        if run.evaluation is not None:
-            rows += [("evaluated model", run.evaluation.model), ("evaluated on", run.evaluation.date)]
-            for name, one in run.evaluation.sets.items():
-                rows.append((f"evaluated set {name}", f"{one['rows']} rows of {one['source']} ({one['digest']})"))
-            rows += [(f"evaluation option: {key}", value) for key, value in run.evaluation.options.items()]
-            rows += [(f"evaluation: {key}", value) for key, value in run.evaluation.provenance.items()]
+        for file, stored in run.evaluations.items():
+            rows += [(f"{file}: model", stored.model), (f"{file}: date", stored.date)]
+            for name, one in stored.sets.items():
+                rows.append((f"{file}: set {name}", f"{one['rows']} rows of {one['source']} ({one['digest']})"))
+            rows += [(f"{file}: option {key}", value) for key, value in stored.options.items()]
+            rows += [(f"{file}: {key}", value) for key, value in stored.provenance.items()]
         found.append((subject, rows))
     return found

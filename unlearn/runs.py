@@ -2,9 +2,10 @@
 
 FOLDER/metrics.jsonl    what `unlearn train` wrote (unlearn.runfiles)
 FOLDER/eval.json        what `unlearn eval` found of FOLDER/model: metrics, sample answers, what they were measured on
+FOLDER/muse.json        the same of `unlearn muse`, without sample answers
 
-A folder with eval.json alone is an evaluation of a model that no run here made: the original, or one retrained without
-the forget set.
+A folder with evaluations alone is of a model that no run here made: the original, or one retrained without the forget
+set.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import datetime
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from unlearn.evaluate import EvalSet, Evaluation
 from unlearn.files import replacing
 from unlearn.runfiles import METRICS_FILE, MODEL_FOLDER
 
-EVAL_FILE, EARLIER_EVAL_FILE = "eval.json", "eval.old.json"
+EVAL_FILE, MUSE_FILE = "eval.json", "muse.json"
 FORMAT = 1
 SAMPLES = 5  # answers of each set that are kept as text
 CURVES = {  # what metrics.jsonl says of every step, as a report draws it
@@ -44,9 +45,10 @@ _HEADER = {"config": dict, "provenance": dict, "data": str, "num_steps": int}
 
 @dataclass(frozen=True)
 class StoredEvaluation:
-    """eval.json. metrics: as unlearn.evaluate names them. sets: name -> kind, source, number of rows and a digest of
-    them. samples: set -> question, answer, generated, probability. options: what decides the numbers beside model and
-    rows; nothing is drawn at random. run: names the run whose model this is, None for another model."""
+    """eval.json or muse.json. metrics: as unlearn.evaluate and unlearn.muse name them. sets: name -> kind, source,
+    number of rows and a digest of them. samples: set -> question, answer, generated, probability. options: what decides
+    the numbers beside model and rows; nothing is drawn at random. run: names the run whose model this is, None for
+    another model."""
 
     model: str
     metrics: dict[str, float]
@@ -85,24 +87,48 @@ def evaluation_folder(model: str, output: str | None) -> Path | None:
 
 def stored_form(
     model: str,
-    found: Evaluation,
-    sets: Iterable[EvalSet],
+    metrics: dict[str, float],
+    sets: dict[str, dict[str, Any]],
     *,
-    sources: Mapping[str, str],
     options: dict[str, Any],
     provenance: dict[str, Any],
+    samples: dict[str, list[dict[str, Any]]] | None = None,
 ) -> StoredEvaluation:
-    """An evaluation with a few of its answers and what a reader needs to place its numbers. sources: set -> file."""
-    described: dict[str, dict[str, Any]] = {}
+    """An evaluation with what a reader needs to place its numbers. sets: name -> described_set()."""
+    run = run_of(model)
+    return StoredEvaluation(
+        model=model,
+        metrics=metrics,
+        sets=sets,
+        samples=samples or {},
+        options=options,
+        provenance=provenance,
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        run=None if run is None else _run_name((run / METRICS_FILE).read_bytes().partition(b"\n")[0]),
+    )
+
+
+def described_set(kind: str, source: str, rows: Iterable[Any]) -> dict[str, Any]:
+    """What tells a set that was measured on from another one; its rows as JSON has them."""
+    digest, count = hashlib.blake2b(digest_size=8), 0
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        count += 1
+    return {"kind": kind, "source": source, "rows": count, "digest": digest.hexdigest()}
+
+
+def text_of(group: EvalSet) -> Iterator[list[Any]]:
+    """The rows of an evaluation set for described_set(). The fields of a window hold its whole document: read for each
+    of a book's windows they would be gigabytes."""
+    for row in (one.row for one in group.rows):
+        yield [row.turns, row.answer, None if row.document else row.fields]
+
+
+def sample_answers(found: Evaluation, sets: Iterable[EvalSet]) -> dict[str, list[dict[str, Any]]]:
+    """A few generated answers of each set that has some."""
     samples: dict[str, list[dict[str, Any]]] = {}
     for group in sets:
         scores = found.sets[group.name]
-        described[group.name] = {
-            "kind": group.kind,
-            "source": sources[group.name],
-            "rows": len(group.rows),
-            "digest": _digest([[row.row.turns, row.row.answer, row.row.fields] for row in group.rows]),
-        }
         if scores.generated:
             samples[group.name] = [
                 {
@@ -113,17 +139,7 @@ def stored_form(
                 }
                 for i in sample_places(len(group.rows), SAMPLES)
             ]
-    run = run_of(model)
-    return StoredEvaluation(
-        model=model,
-        metrics=found.metrics,
-        sets=described,
-        samples=samples,
-        options=options,
-        provenance=provenance,
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        run=None if run is None else _run_name((run / METRICS_FILE).read_bytes().partition(b"\n")[0]),
-    )
+    return samples
 
 
 def sample_places(num_rows: int, count: int) -> list[int]:
@@ -133,12 +149,12 @@ def sample_places(num_rows: int, count: int) -> list[int]:
     return sorted({min(k * num_rows // count + k, num_rows - 1) for k in range(count)})
 
 
-def write_evaluation(folder: Path, stored: StoredEvaluation) -> Path:
-    """FOLDER/eval.json, whole or not at all; one that was there is kept as eval.old.json."""
+def write_evaluation(folder: Path, stored: StoredEvaluation, *, name: str = EVAL_FILE) -> Path:
+    """FOLDER/eval.json or muse.json, whole or not at all; one that was there is kept, as eval.old.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / EVAL_FILE
+    path = folder / name
     if path.exists():
-        with replacing(folder / EARLIER_EVAL_FILE) as temporary:
+        with replacing(path.with_suffix(f".old{path.suffix}")) as temporary:
             temporary.write_bytes(path.read_bytes())
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(dataclasses.asdict(stored), indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -146,7 +162,7 @@ def write_evaluation(folder: Path, stored: StoredEvaluation) -> Path:
 
 
 def read_evaluation(path: Path) -> StoredEvaluation:
-    """Raises ValueError naming the file where it is no evaluation of `unlearn eval`."""
+    """Raises ValueError naming the file where it is no evaluation of `unlearn eval` or `unlearn muse`."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         stored = StoredEvaluation(**values)
@@ -165,7 +181,7 @@ def read_evaluation(path: Path) -> StoredEvaluation:
                 raise ValueError("a sample lacks a field")
             _number(sample["probability"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: not an evaluation as `unlearn eval` writes it ({error})") from None
+        raise ValueError(f"{path}: not an evaluation as `unlearn eval` and `unlearn muse` write it ({error})") from None
     return stored
 
 
@@ -174,13 +190,14 @@ def read_evaluation(path: Path) -> StoredEvaluation:
 
 @dataclass(frozen=True)
 class Run:
-    """A folder read back. header and steps: metrics.jsonl's first line and the others, empty where there is none."""
+    """A folder read back. header and steps: metrics.jsonl's first line and the others, empty where there is none.
+    evaluations: file name -> what it holds."""
 
     folder: Path
     header: dict[str, Any]
     steps: list[dict[str, Any]]
     status: str
-    evaluation: StoredEvaluation | None
+    evaluations: dict[str, StoredEvaluation]
 
     @property
     def config(self) -> dict[str, Any]:
@@ -191,24 +208,25 @@ def read_run(folder: Path) -> Run:
     """Raises ValueError in one line for a folder without a run or an evaluation, and for files that are damaged."""
     if not folder.is_dir():
         raise ValueError(f"runs: no folder {str(folder)!r}; folders of `unlearn train` and `unlearn eval` are accepted")
-    metrics_path, eval_path = folder / METRICS_FILE, folder / EVAL_FILE
-    evaluation = read_evaluation(eval_path) if eval_path.exists() else None
+    metrics_path, paths = folder / METRICS_FILE, (folder / EVAL_FILE, folder / MUSE_FILE)
+    evaluations = {path.name: read_evaluation(path) for path in paths if path.exists()}
     if not metrics_path.exists():
-        if evaluation is None:
+        if not evaluations:
             raise ValueError(
-                f"runs: {folder} holds neither {METRICS_FILE} nor {EVAL_FILE}; folders of `unlearn train` and "
-                "`unlearn eval` are accepted"
+                f"runs: {folder} holds neither {METRICS_FILE} nor {EVAL_FILE} or {MUSE_FILE}; folders of "
+                "`unlearn train`, `unlearn eval` and `unlearn muse` are accepted"
             )
-        return Run(folder, {}, [], "an evaluation alone", evaluation)
+        return Run(folder, {}, [], "an evaluation alone", evaluations)
     first_line, header, steps = read_metrics(metrics_path)
     status = _training_status(folder, header, steps)
-    if evaluation is None:
+    if not evaluations:
         status += "; not evaluated"
-    elif evaluation.run != _run_name(first_line):
-        # made of another model that lay here: to show its numbers beside this run's curves would be wrong
-        status += f"; {EVAL_FILE} is not of this run ({evaluation.model}, {evaluation.date}) and is left out"
-        evaluation = None
-    return Run(folder, header, steps, status, evaluation)
+    for name, one in list(evaluations.items()):
+        if one.run != _run_name(first_line):
+            # made of another model that lay here: to show its numbers beside this run's curves would be wrong
+            status += f"; {name} is not of this run ({one.model}, {one.date}) and is left out"
+            del evaluations[name]
+    return Run(folder, header, steps, status, evaluations)
 
 
 def read_metrics(path: Path) -> tuple[bytes, dict[str, Any], list[dict[str, Any]]]:
@@ -268,8 +286,3 @@ def _number(value: Any) -> None:
 def _run_name(first_line: bytes) -> str:
     """Names a run by its header: configuration, rows and where it ran."""
     return hashlib.blake2b(first_line, digest_size=16).hexdigest()
-
-
-def _digest(rows: Any) -> str:
-    text = json.dumps(rows, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

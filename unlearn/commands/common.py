@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
+from typing import Any
 
 MODEL_HELP = "folder of a model or of a LoRA adapter, or a name on the model hub"
 
@@ -20,9 +21,19 @@ def positive(text: str) -> int:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     dtypes = ("float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", default="bfloat16", choices=dtypes, help="default: %(default)s")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=dtypes, help="of weights and activations (default: %(default)s)"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+
+
+def add_output_option(parser: argparse.ArgumentParser, file: str, content: str) -> None:
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help=f"store {content} as FOLDER/{file}, for `unlearn report` (default: in the run whose OUT/model this is)",
+    )
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +78,24 @@ def loading(name: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise ValueError(f"model: could not load {name!r} ({type(error).__name__}: {error})") from None
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool) -> tuple[Any, int | None]:
+    """(the tokenizer of a model, the longest sequence that the model takes, None where it names none)."""
+    from unlearn import model
+
+    with loading(name):
+        tokenizer = model.load_tokenizer(name, trust_remote_code=trust_remote_code)
+        return tokenizer, model.max_positions(name, trust_remote_code=trust_remote_code)
+
+
+def load_model(args: argparse.Namespace, name: str) -> Any:
+    """The model `name` as the options of add_model_options say."""
+    from unlearn import model
+
+    with loading(name):
+        device = model.resolve_device(args.device)
+        return model.load_model(name, dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code)
 
 
 def print_metrics(values: dict[str, float], *, as_json: bool) -> None:

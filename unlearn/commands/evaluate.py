@@ -13,7 +13,9 @@ from unlearn.commands.common import (
     MODEL_HELP,
     add_data_options,
     add_model_options,
-    loading,
+    add_output_option,
+    load_model,
+    load_tokenizer,
     positive,
     print_metrics,
     quiet_transformers,
@@ -38,11 +40,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--holdout", help="text like the forget set's that no model has seen, for membership inference")
     parser.add_argument("--gold", help="model retrained without the forget set, for forget quality and PrivLeak")
     parser.add_argument("--reference-model", help="model that has not seen the forget set, for membership inference")
-    parser.add_argument(
-        "--output",
-        metavar="FOLDER",
-        help="store metrics and sample answers as FOLDER/eval.json (default: in the run whose OUT/model this is)",
-    )
+    add_output_option(parser, "eval.json", "metrics and sample answers")
     parser.add_argument("--log", metavar="FILE", help="write a log in TOFU's format too (`unlearn metrics` reads it)")
     parser.add_argument("--max-rows", type=positive, help="use the first rows of each set alone (TOFU's tables: 300)")
     for flag, default, text in (
@@ -65,18 +63,14 @@ def _eval(args: argparse.Namespace) -> int:
     from unlearn.files import check_writable
     from unlearn.model import resolve_device
     from unlearn.runfiles import provenance
-    from unlearn.runs import evaluation_folder, stored_form, write_evaluation
+    from unlearn.runs import described_set, evaluation_folder, sample_answers, stored_form, text_of, write_evaluation
 
     quiet_transformers()
-    device = resolve_device(args.device)
+    resolve_device(args.device)  # before anything is read
     folder = evaluation_folder(args.model, args.output)
     tokenizer, sets = _load_sets(args, args.model)
     if args.log and not all(group.rows[0].wrong for group in sets if group.name in tofu_log.SETS):
         raise ValueError("log: TOFU's logs hold truth ratios, and a set has no perturbed_answer")
-    if args.log:
-        check_writable("log", Path(args.log).parent)
-    if folder is not None:
-        check_writable("output", folder)
     if args.gold and not sets[0].rows[0].wrong and not args.holdout:
         raise ValueError(
             "gold: forget quality compares truth ratios, and the forget rows have no perturbed_answer;"
@@ -84,8 +78,12 @@ def _eval(args: argparse.Namespace) -> int:
         )
     if args.reference_model and not args.holdout:
         raise ValueError("reference-model: its losses tell forget rows from --holdout rows, and there is no --holdout")
-    yardsticks = _yardsticks(args, device)
-    model = _load_model(args, args.model, device)
+    if args.log:
+        check_writable("log", Path(args.log).parent)
+    if folder is not None:
+        check_writable("output", folder)
+    yardsticks = _yardsticks(args)
+    model = load_model(args, args.model)
     with tqdm(total=num_pieces(sets), desc="eval", unit="answer", leave=False) as bar:
         result = evaluate(
             model,
@@ -101,51 +99,44 @@ def _eval(args: argparse.Namespace) -> int:
         if args.log:
             tofu_log.write(args.log, to_log(sets, result.sets))
         if folder is not None:
-            sources = {group.name: getattr(args, group.name) for group in sets}
-            options = {name: getattr(args, name) for name in _STORED_OPTIONS}
-            where = provenance(model)
-            stored = stored_form(args.model, result, sets, sources=sources, options=options, provenance=where)
-            path = write_evaluation(folder, stored)
-            print(f"stored in {path}", file=sys.stderr)
+            stored = stored_form(
+                args.model,
+                result.metrics,
+                {one.name: described_set(one.kind, getattr(args, one.name), text_of(one)) for one in sets},
+                options={name: getattr(args, name) for name in _STORED_OPTIONS},
+                provenance=provenance(model),
+                samples=sample_answers(result, sets),
+            )
+            print(f"stored in {write_evaluation(folder, stored)}", file=sys.stderr)
     finally:  # a full disk costs the files and not the numbers
         print_metrics(result.metrics, as_json=args.json)
     return 0
 
 
-def _yardsticks(args: argparse.Namespace, device: Any) -> Any:
+def _yardsticks(args: argparse.Namespace) -> Any:
     """What --gold and --reference-model say of the sets in their own tokens; one model is resident at a time."""
-    from unlearn.evaluate import Yardsticks, answer_nll, membership_auc, score_sets
+    from unlearn.evaluate import Yardsticks, answer_nll, gold_min_k_auc, score_sets
 
     found: dict[str, Any] = {}
     if args.gold:
         _, sets = _load_sets(args, args.gold, only=("holdout",))
-        gold = score_sets(_load_model(args, args.gold, device), sets, max_tokens=args.max_tokens)
+        gold = score_sets(load_model(args, args.gold), sets, max_tokens=args.max_tokens)
         if sets[0].rows[0].wrong:
             found["log_truth_ratio"] = gold["forget"].log_truth_ratio
         if "holdout" in gold:
-            found["min_k_auc"] = membership_auc("min_k", gold["forget"], gold["holdout"])
+            found["min_k_auc"] = gold_min_k_auc(gold)
     if args.reference_model:
         _, sets = _load_sets(args, args.reference_model, only=("holdout",))
-        model = _load_model(args, args.reference_model, device)
+        model = load_model(args, args.reference_model)
         found["answer_nll"] = answer_nll(model, sets, max_tokens=args.max_tokens)
     return Yardsticks(**found)
-
-
-def _load_model(args: argparse.Namespace, name: str, device: Any) -> Any:
-    from unlearn.model import load_model
-
-    with loading(name):
-        return load_model(name, dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code)
 
 
 def _load_sets(args: argparse.Namespace, name: str, *, only: Sequence[str] | None = None) -> tuple[Any, list[Any]]:
     """(tokenizer of the model `name`, the sets in its tokens): the forget set and the others, or `only` these."""
     from unlearn.evaluate import Kind, load_set
-    from unlearn.model import load_tokenizer, max_positions
 
-    with loading(name):
-        tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
-        longest = max_positions(name, trust_remote_code=args.trust_remote_code)
+    tokenizer, longest = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
     options: dict[str, Any] = {"max_length": longest, "fields": args.fields, "window": args.window}
     sets = [load_set("forget", "forget", args.forget, tokenizer, **options)]
     kinds: dict[str, Kind] = {

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from typing import Any
 
 from unlearn.commands.common import (
+    MODEL_HELP,
     add_data_options,
     add_model_options,
-    loading,
+    add_output_option,
+    load_model,
+    load_tokenizer,
     positive,
     print_metrics,
     quiet_transformers,
 )
 
+# what decides the numbers beside the model and the rows
+_STORED_OPTIONS = ("gold", "data", "max_rows", "prompt_tokens", "dtype", "device")
 _SETS = ("forget", "verbmem", "holdout", "forget_qa", "forget_shots", "retain_qa", "retain_shots")
 
 
@@ -26,7 +32,7 @@ def add(commands: Any) -> None:
         "(questions on them and on what is kept, after answered ones), PrivLeak (forget set against holdout). Each is "
         "there when its files are.",
     )
-    parser.add_argument("--model", required=True, help="folder, or a name on the model hub")
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
     parser.add_argument("--data", help="muse:news or muse:books: all sets from the hub, where no option names another")
     for flag, text in (
         ("--forget", "documents to forget, for VerbMem and, with --holdout, membership inference"),
@@ -43,6 +49,7 @@ def add(commands: Any) -> None:
         help="model retrained without the forget set, for PrivLeak (default with --data: the AUC that muse_bench has "
         "of its own)",
     )
+    add_output_option(parser, "muse.json", "metrics")
     parser.add_argument("--max-rows", type=positive, help="use the first rows (or windows) of each set alone")
     for flag, default, text in (
         ("--prompt-tokens", 128, "tokens of a document that VerbMem shows; half of a document shorter than twice that"),
@@ -60,29 +67,31 @@ def _muse(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from unlearn import muse
-    from unlearn.model import load_model, resolve_device
+    from unlearn.evaluate import gold_min_k_auc, score_sets
+    from unlearn.files import check_writable
+    from unlearn.model import resolve_device
+    from unlearn.runfiles import provenance
+    from unlearn.runs import MUSE_FILE, evaluation_folder, stored_form, write_evaluation
 
     where = muse.sources(args.data, {name: getattr(args, name) for name in _SETS})
     _check(where, args.gold)
     quiet_transformers()
-    options = {
-        "dtype": args.dtype,
-        "device": resolve_device(args.device),
-        "trust_remote_code": args.trust_remote_code,
-    }
+    resolve_device(args.device)  # before anything is read
+    folder = evaluation_folder(args.model, args.output)
     tokenizer, sets = _load_sets(args, where, args.model)
+    if folder is not None:
+        check_writable("output", folder)
     gold_auc = None
     if args.data and not (args.forget or args.holdout or args.max_rows):  # the constants are of MUSE's own sets, whole
         gold_auc = muse.GOLD_AUC[args.data.removeprefix("muse:")]
     if args.gold:
         only = {name: where[name] for name in ("forget", "holdout")}
         _, gold_sets = _load_sets(args, only, args.gold)
-        with loading(args.gold):
-            gold_model = load_model(args.gold, **options)
-        gold_auc = muse.min_k_auc(gold_model, gold_sets.privleak, max_tokens=args.max_tokens)
-        del gold_model  # one model is resident at a time
-    with loading(args.model):
-        model = load_model(args.model, **options)
+        # one model is resident at a time
+        gold_auc = gold_min_k_auc(
+            score_sets(load_model(args, args.gold), gold_sets.privleak, max_tokens=args.max_tokens)
+        )
+    model = load_model(args, args.model)
     with tqdm(total=sets.num_pieces, desc="muse", unit="text", leave=False) as bar:
         values = muse.evaluate_muse(
             model,
@@ -93,8 +102,27 @@ def _muse(args: argparse.Namespace) -> int:
             batch_size=args.generation_batch,
             progress=bar.update,
         )
-    print_metrics(values, as_json=args.json)
+    try:
+        if folder is not None:
+            options = {name: getattr(args, name) for name in _STORED_OPTIONS}
+            found = _described(sets, where)
+            stored = stored_form(args.model, values, found, options=options, provenance=provenance(model))
+            print(f"stored in {write_evaluation(folder, stored, name=MUSE_FILE)}", file=sys.stderr)
+    finally:  # a full disk costs the file and not the numbers
+        print_metrics(values, as_json=args.json)
     return 0
+
+
+def _described(sets: Any, where: dict[str, str]) -> dict[str, dict[str, Any]]:
+    from unlearn.runs import described_set, text_of
+
+    prompts = {"verbmem": sets.verbmem, "forget_qa": sets.forget_qa, "retain_qa": sets.retain_qa}
+    found = {
+        name: described_set("generated", where[name], ([one.key, one.ids, one.truth] for one in those))
+        for name, those in prompts.items()
+        if those
+    }
+    return found | {one.name: described_set(one.kind, where[one.name], text_of(one)) for one in sets.privleak}
 
 
 def _check(where: dict[str, str], gold: str | None) -> None:
@@ -115,11 +143,8 @@ def _load_sets(args: argparse.Namespace, where: dict[str, str], name: str) -> tu
     from unlearn import muse
     from unlearn.data import Row, load_rows
     from unlearn.evaluate import Kind, load_set
-    from unlearn.model import load_tokenizer, max_positions
 
-    with loading(name):
-        tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
-        longest = max_positions(name, trust_remote_code=args.trust_remote_code)
+    tokenizer, longest = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
 
     def rows(group: str) -> list[Row]:
         if group not in where:

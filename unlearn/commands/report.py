@@ -11,8 +11,9 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "report",
         help="runs side by side as one HTML page: metrics, curves, settings, sample answers",
-        description="Read folders of `unlearn train --output` with the evaluations that `unlearn eval` stored in them, "
-        "and write one page that needs no other file. Runs without an evaluation are shown with their curves.",
+        description="Read folders of `unlearn train --output` with the evaluations that `unlearn eval` and "
+        "`unlearn muse` stored in them, and write one page that needs no other file. Runs without an evaluation are "
+        "shown with their curves.",
     )
     parser.add_argument("runs", nargs="+", metavar="OUT", help="folder of a run, or of an evaluation alone")
     parser.add_argument("--before", metavar="OUT", help="the original model's: unlearn eval --model ... --output OUT")
@@ -32,8 +33,8 @@ def _report(args: argparse.Namespace) -> int:
     runs = [read_run(Path(folder)) for folder in args.runs]
     others = {name: read_run(Path(value)) for name in ("before", "gold") if (value := getattr(args, name))}
     for name, run in others.items():
-        if run.evaluation is None:
-            raise ValueError(f"{name}: {run.folder} holds no evaluation; `unlearn eval --output` makes one")
+        if not run.evaluations:
+            raise ValueError(f"{name}: {run.folder} holds no evaluation; --output of `unlearn eval` makes one")
     write_page(output, runs, before=others.get("before"), gold=others.get("gold"), title=args.title)
     for run in runs:
         print(f"{run.folder}: {run.status}")
