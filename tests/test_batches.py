@@ -244,11 +244,11 @@ def test_alternates_are_joined_by_question(tmp_path):
         load_training_set(config, tokenizer, max_length=None)
 
 
-def refusals_of(tmp_path, name, content):
+def refusals_of(tmp_path, name, content, **values):
     path = tmp_path / name
     path.write_bytes(content)
     forget = write_rows(tmp_path / "f.json", [question(0)])
-    config = config_of("idkdpo", forget=forget, retain=None, retain_term="none", alternates=str(path))
+    config = config_of("idkdpo", forget=forget, retain=None, retain_term="none", alternates=str(path), **values)
     tokenizer = tiny_tokenizer()
     data = load_training_set(config, tokenizer, max_length=None)
     drawn = [epoch_steps(data, config, epoch)[0].groups[0][0][0] for epoch in range(20)]
@@ -259,6 +259,10 @@ def test_refusals_of_either_form(tmp_path):
     both = {" I do not know.", " No idea."}
     assert refusals_of(tmp_path, "idk.txt", b"I do not know.\r\n\nNo idea.\n") == both
     assert refusals_of(tmp_path, "idk.jsonl", b'{"answer": "I do not know."}\n\n{"answer": "No idea."}') == both
+    assert refusals_of(tmp_path, "idk.json", b'[{"answer": "I do not know."}, {"answer": "No idea."}]') == both
+    assert refusals_of(tmp_path, "idk.csv", b"answer\nI do not know.\nNo idea.\n") == both
+    columns = {"fields": "forget.answer=answer,alternates.answer=reply"}
+    assert refusals_of(tmp_path, "own.CSV", b"reply,n\nI do not know.,1\nNo idea.,2\n", **columns) == both
 
 
 @pytest.mark.parametrize(
@@ -266,6 +270,7 @@ def test_refusals_of_either_form(tmp_path):
     [
         ("idk.jsonl", b'{"answer": "No."}\n{"text": "No."}', r"idk\.jsonl:2: a refusal needs a string `answer`"),
         ("idk.jsonl", b'{"answer": " "}', r"idk\.jsonl:1: a refusal needs a string `answer`"),
+        ("idk.csv", b"reply\nNo.\n", r"idk\.csv:2: a refusal needs a string `answer`"),
         ("idk.txt", b"", "alternates: no refusals"),
         ("idk.txt", b"fine\nna\xefve\n", r"idk\.txt:2: not UTF-8 text"),
     ],

@@ -15,7 +15,7 @@ from typing import Any
 from unlearn.config import TrainConfig
 from unlearn.data import Item, Role, Row, Sequence, encode, encode_rows, load_rows, windows
 from unlearn.methods import METHODS, StepTotals
-from unlearn.sources import read_json_lines, read_lines
+from unlearn.sources import TABLES, parse_fields, read, read_lines
 
 # In a run: a list of so many takes gigabytes of the host's memory and minutes to make.
 MAX_SEQUENCES = 2 * 10**7
@@ -71,7 +71,7 @@ def load_training_set(config: TrainConfig, tokenizer: Any, *, max_length: int | 
         extra = load_rows(config.alternates, role="alternates", fields=config.fields)
         forget = _join_alternates(forget, extra, config.alternates)
     elif config.alternates is not None:
-        refusals = _load_refusals(config.alternates)
+        refusals = _load_refusals(config.alternates, config.fields)
     return make_training_set(config, tokenizer, forget, retain, refusals, max_length=max_length)
 
 
@@ -133,20 +133,21 @@ def _join_alternates(forget: list[Row], extra: list[Row], source: str) -> list[R
     return joined
 
 
-def _load_refusals(source: str) -> list[str]:
-    """One refusal a line: plain text, or JSON objects with `answer`."""
+def _load_refusals(source: str, fields: str | None) -> list[str]:
+    """One refusal a line of plain text, or a table's rows, each with `answer` (or alternates.answer of `fields`)."""
     path = Path(source)
     if not path.is_file():
         raise ValueError(f"alternates: no file {source!r}")
-    if path.suffix in (".json", ".jsonl"):
-        texts = []
-        for fields, where in read_json_lines(path):
-            text = fields.get("answer")
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"{where}: a refusal needs a string `answer` that is not empty")
-            texts.append(text)
-        return texts
-    return [line.strip() for _, line in read_lines(path) if line.strip()]
+    if path.suffix.lower() not in TABLES:
+        return [line.strip() for _, line in read_lines(path) if line.strip()]
+    column = parse_fields(fields).get("alternates", {}).get("answer", "answer")
+    texts = []
+    for row in read(source, role="alternates"):
+        text = row.fields.get(column)
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{row.where}: a refusal needs a string `{column}` that is not empty")
+        texts.append(text)
+    return texts
 
 
 def num_steps_per_epoch(data: TrainingSet, config: TrainConfig) -> int:

@@ -58,7 +58,8 @@ class TrainConfig:
         default=None,
     )
     alternates: str | None = option(
-        "JSON lines of answers to prefer: `alternates` per forget row (altpo, simpo) or refusals (idkdpo, kto)",
+        "file of answers to prefer: the forget rows with `alternates` (altpo, simpo), or refusals, one a line or rows "
+        "with `answer` (idkdpo, kto, kto-log)",
         default=None,
     )
     retain_term: str = option("loss on the retain rows: none, nll or kl", default="none")

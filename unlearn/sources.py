@@ -23,6 +23,8 @@ ACCEPTED = (
     "a file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a folder of .txt files, a glob, tofu:SPLIT"
     " or muse:CORPUS/SUBSET/SPLIT is accepted"
 )
+# Files of rows with columns; any other name is one of plain text.
+TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 # What a row can have under a name of its own (--fields), and the sets whose names may stand before it.
 FIELD_NAMES = (
     "question", "answer", "prompt", "completion", "messages", "text", "key", "alternates", "perturbed_answer",
