@@ -6,7 +6,7 @@ import pytest
 
 from tests.test_lora import refused
 from tests.test_train import FORGET, REFUSALS, RETAIN
-from tests.tiny import save_tiny, write_rows
+from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer, write_rows
 from unlearn import cli
 
 
@@ -160,3 +160,22 @@ def test_mistakes(files, tmp_path, capsys):
     ):
         assert message in refused(capsys, [*command(files, tmp_path / "out", **values), "--dry-run"])
     assert not (tmp_path / "out").exists()
+
+
+def test_what_the_run_would_refuse_of_the_model(files, tmp_path, capsys):
+    """Tokens beyond the embedding, an adapter of a tied head that cannot be merged: seen without the weights."""
+    small = tmp_path / "small"
+    tiny_llama(vocab=300).save_pretrained(small)
+    tiny_tokenizer().save_pretrained(small)
+    tied = tiny_llama(tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path / "tied")
+    tiny_tokenizer().save_pretrained(tmp_path / "tied")
+    lora = {"model": tmp_path / "tied", "lora": 2, "lora_targets": "lm_head", "epochs": 1, "warmup_epochs": 0}
+    assert cli.main(command(files, tmp_path / "out", **lora)) == 0
+    for values, message in (
+        ({"model": small}, "has the token "),
+        ({"model": tmp_path / "out" / "model"}, "model: the head's adapter cannot be merged"),
+    ):
+        arguments = command(files, tmp_path / "new", **values)
+        assert refused(capsys, [*arguments, "--dry-run"]) == refused(capsys, arguments)
+        assert message in refused(capsys, [*arguments, "--dry-run"])

@@ -401,7 +401,9 @@ def refused(capsys, command, status=2):
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line(files, tmp_path, capsys, name):
     more, message = MISTAKES[name]
-    assert message in refused(capsys, arguments(files, tmp_path / "out", *more))
+    command = arguments(files, tmp_path / "out", *more)
+    assert message in refused(capsys, command)
+    assert message in refused(capsys, ["reference", *command[1:]])
     assert not (tmp_path / "out").exists()
 
 

@@ -83,7 +83,7 @@ def attach(model: nn.Module, config: TrainConfig) -> None:
             torch.manual_seed(config.seed)
             _inject(model, described)
     if config.lora_merge:
-        _check_mergeable(model, "lora_merge")
+        check_mergeable(model, "lora_merge")
 
 
 def _inject(model: nn.Module, described: Any) -> None:
@@ -168,8 +168,8 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 def load_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     own = state(model)
-    if own.keys() != tensors.keys():
-        raise ValueError(f"adapters: {len(tensors)} tensors for {len(own)} of other names")
+    if {name: tensor.shape for name, tensor in own.items()} != {name: t.shape for name, t in tensors.items()}:
+        raise ValueError(f"adapters: {len(tensors)} tensors for {len(own)} of other names or shapes")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
@@ -225,7 +225,7 @@ def merge(model: nn.Module) -> float:
     Returns the share of the update that rounding to the weights' dtype changed, |rounding error| / |update|, 0 for a
     model without adapters: bf16 weights of size 0.02 are 1.2e-4 apart and lose most of a small update.
     """
-    _check_mergeable(model, "model")
+    check_mergeable(model, "model")
     update = error = 0.0
     for layer in layers(model).values():
         with torch.no_grad():
@@ -251,7 +251,8 @@ def merge_line(lost: float, dtype: str) -> str:
     return f"adapters merged into {dtype} weights: rounding changed {lost:.1%} of their update"
 
 
-def _check_mergeable(model: nn.Module, argument: str) -> None:
+def check_mergeable(model: nn.Module, argument: str) -> None:
+    """Raises ValueError naming `argument` where merge() would change the input embedding too."""
     head = model.get_output_embeddings()
     if _is_wrapped(head) and head.base_layer.weight is model.get_input_embeddings().weight:
         raise ValueError(

@@ -18,8 +18,10 @@ from unlearn.batches import Step, TrainingSet, all_steps, num_steps_per_epoch, w
 from unlearn.config import TrainConfig
 from unlearn.data import Role, Sequence, pack
 from unlearn.methods import check_config
+from unlearn.model import check_ids
 from unlearn.plan import STATE_BYTES
 from unlearn.runfiles import METRICS_FILE
+from unlearn.scoring import unique
 from unlearn.train import check_packs, learning_rates, reference_sequences
 
 
@@ -32,6 +34,7 @@ def dry_run(config: TrainConfig, skeleton: nn.Module, tokenizer: Any, data: Trai
     plan = all_steps(data, config)
     rates = learning_rates(config, data, len(plan))
     check_packs(plan, config)
+    check_ids(skeleton, unique(sequence for step in plan for sequence in step.sequences()))
     parameters = list(skeleton.parameters())
     trained = [p for p in parameters if p.requires_grad]
     weight_bytes, trained_bytes = (sum(p.numel() * p.element_size() for p in ps) for ps in (parameters, trained))

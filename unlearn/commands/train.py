@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from unlearn.commands.common import loading, quiet_transformers
+from unlearn.commands.common import load_tokenizer, loading, quiet_transformers
 from unlearn.config import TrainConfig, build, field_types, read_file
 from unlearn.recipes import RECIPES
 
@@ -73,13 +73,10 @@ def _load_data(config: TrainConfig) -> tuple[Any, Any]:
     """(tokenizer, training set): everything but the weights."""
     from unlearn.batches import load_training_set
     from unlearn.methods import check_config
-    from unlearn.model import load_tokenizer, max_positions
 
     check_config(config)
     quiet_transformers()
-    with loading(config.model):
-        tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-        longest = max_positions(config.model, trust_remote_code=config.trust_remote_code)
+    tokenizer, longest = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     return tokenizer, load_training_set(config, tokenizer, max_length=config.max_length or longest)
 
 
@@ -137,6 +134,7 @@ def _dry_run(config: TrainConfig, args: argparse.Namespace) -> int:
     if config.lora is not None:
         adapters.attach(skeleton, config)
     elif adapters.layers(skeleton):
+        adapters.check_mergeable(skeleton, "model")
         adapters.strip(skeleton)
     found = dry_run(config, skeleton, tokenizer, data)
     print(json.dumps(found, allow_nan=False) if args.json else "\n".join(lines(found)))
@@ -144,6 +142,7 @@ def _dry_run(config: TrainConfig, args: argparse.Namespace) -> int:
 
 
 def _reference(args: argparse.Namespace) -> int:
+    from unlearn import adapters
     from unlearn.batches import all_steps
     from unlearn.longcontext import long_context
     from unlearn.methods import check_config
@@ -153,9 +152,11 @@ def _reference(args: argparse.Namespace) -> int:
     if not check_config(config).reference and config.retain_term != "kl":
         raise ValueError(f"method: {config.method} with retain_term {config.retain_term} needs no reference")
     model, tokenizer, data = _load(config)
+    if config.lora is not None:
+        adapters.attach(model, config)
     if not config.tile_tokens:  # without a backward there is nothing to recompute or offload
         config = dataclasses.replace(config, offload_checkpoints=None)
-    with long_context(model, config, say=print):
+    with long_context(model, config, say=print), adapters.as_reference(model):
         ref = compute_reference(config, model, tokenizer, all_steps(data, config), say=print, progress=True)
     print(f"stored in {config.reference_dir} after {ref.seconds:.1f} s")
     return 0
