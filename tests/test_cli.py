@@ -276,8 +276,9 @@ def test_mistakes_in_eval(files, tmp_path, capsys):
     ):
         assert message in refused(capsys, ["eval", *eval_options(files, **changes)])
     path = write_rows(tmp_path / "bare.jsonl", [{"question": "Who?", "answer": "Nobody."}])
-    message = refused(capsys, ["eval", *eval_options(files, forget=path, gold=files / "model")])
-    assert "gold: forget quality compares truth ratios" in message
+    output = tmp_path / "unmade"
+    message = refused(capsys, ["eval", *eval_options(files, forget=path, gold=files / "model", output=output)])
+    assert "gold: forget quality compares truth ratios" in message and not output.exists()
     assert "bare:0: perturbed_answer is missing" in refused(capsys, ["eval", *eval_options(files, world_facts=path)])
 
 
@@ -393,6 +394,18 @@ def test_reference_then_train(files, tmp_path, capsys):
     kl = options(files, tmp_path / "kl", retain=files / "retain.jsonl", retain_term="kl", method="ga", beta=None)
     assert cli.main(["reference", *kl]) == 0
     assert "KL retain: reference states" in capsys.readouterr().out
+
+
+def test_a_refusal_before_the_first_step_leaves_no_run(files, tmp_path, capsys):
+    """The mended command is not told that the folder holds a run."""
+    cache = tmp_path / "cache"
+    arguments = options(files, tmp_path / "out", reference_cache=cache)
+    cache.mkdir()
+    (cache / "reference.safetensors").write_bytes(b"half")
+    assert "is damaged" in refused(capsys, ["train", *arguments])
+    assert not (tmp_path / "out").exists()
+    (cache / "reference.safetensors").unlink()
+    assert cli.main(["train", *arguments]) == 0
 
 
 def test_eval(files, capfd):

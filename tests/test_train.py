@@ -199,6 +199,16 @@ def test_resume_with_another_setting_is_refused_by_name(tmp_path, values):
     run(dataclasses.replace(config, save_every=1), resume=True)  # how often it is saved changes no weight
 
 
+def test_a_setting_that_the_runs_version_did_not_have_stood_at_its_default(tmp_path):
+    now = make_config(tmp_path).to_dict()
+    before = {name: value for name, value in now.items() if name not in ("lora", "lora_merge", "max_tokens")}
+    with pytest.raises(ValueError, match="^resume: max_tokens was 4096 and is now 99"):
+        runfiles._check_same_settings(before, now | {"max_tokens": 99})
+    with pytest.raises(ValueError, match="^resume: lora_merge was False and is now True"):
+        runfiles._check_same_settings(before, now | {"lora_merge": True, "max_tokens": 4096})
+    runfiles._check_same_settings(before, now | {"max_tokens": 4096})
+
+
 def test_resume_on_other_rows_is_refused(tmp_path):
     config = make_config(tmp_path, save_every=2)
     with pytest.raises(Stop):

@@ -32,6 +32,7 @@ from torch import nn
 
 from unlearn import __version__, adapters, checkpoint
 from unlearn.batches import Step
+from unlearn.config import TrainConfig
 from unlearn.files import holding, naming
 from unlearn.memory import is_out_of_memory
 
@@ -50,13 +51,18 @@ def to_json(row: dict[str, Any]) -> str:
 
 
 class MetricsFile:
-    """metrics.jsonl, open for appending; every line is flushed as it is written. Closes as a context manager."""
+    """metrics.jsonl, open for appending; every line is flushed as it is written. Closes as a context manager.
+
+    new: its header has just been written. Input that is refused before the first step leaves no file behind then, or
+    the mended command would be told that the folder holds a run.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.new = path, False
         self._file = path.open("ab")
 
     def write(self, row: dict[str, Any]) -> None:
+        self.new = False
         with naming(self.path):
             self._file.write(to_json(row).encode() + b"\n")
             self._file.flush()
@@ -82,6 +88,8 @@ class MetricsFile:
         finally:
             with contextlib.suppress(OSError) if kind is not None else naming(self.path):
                 self._file.close()  # writes again what a full disk refused
+            if self.new and kind is not None and issubclass(kind, ValueError):
+                self.path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -135,6 +143,7 @@ def open_output(output: Path, header: dict[str, Any], *, resume: bool, say: Call
         except OSError:
             path.unlink()  # half a header would pass for a run
             raise
+        metrics.new = True
         return metrics
     except OSError as error:
         raise ValueError(f"output: {output} cannot be written ({error.strerror})") from None
@@ -182,8 +191,10 @@ def _check_same_run(line: bytes, now: dict[str, Any], path: Path, say: Callable[
 
 def _check_same_settings(stored: dict[str, Any], now: dict[str, Any]) -> None:
     for name, value in now.items():
-        if name not in _FREE_SETTINGS and stored.get(name) != value:
-            raise ValueError(f"resume: {name} was {stored.get(name)!r} and is now {value!r}; they have to agree")
+        # a setting that the run's version did not have stood at what is now its default
+        was = stored.get(name, getattr(TrainConfig, name, None))
+        if name not in _FREE_SETTINGS and was != value:
+            raise ValueError(f"resume: {name} was {was!r} and is now {value!r}; they have to agree")
 
 
 def save_checkpoint(
