@@ -28,6 +28,7 @@ from unlearn.data import Row
 from unlearn.evaluate import EvalSet, Evaluation, Yardsticks, evaluate, num_pieces, score_sets, summarize
 from unlearn.model import load_model, prepare, resolve_device
 from unlearn.report import console_table, write_report
+from unlearn.runs import sample_places
 from unlearn.tasks import Task, invented_task, spread, tofu_task
 from unlearn.train import METRICS_FILE, MODEL_FOLDER, TrainResult, provenance, train
 
@@ -240,15 +241,13 @@ class Demo:
     def samples(self, models: list[dict[str, Any]], count: int = 3) -> list[dict[str, str]]:
         """What each model answers to a few forget questions."""
         rows = self.sets[0].rows
-        # one further each time: facts come in the same order for every person
-        places = [min(k * len(rows) // count + k, len(rows) - 1) for k in range(count)]
         return [
             {
                 "question": rows[i].row.turns[-1][1],
                 "answer": rows[i].row.answer,
                 **{entry["name"]: entry["generated"][i] for entry in models},
             }
-            for i in places
+            for i in sample_places(len(rows), count)
         ]
 
 

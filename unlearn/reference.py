@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from unlearn import adapters
 from unlearn.attention import ATTENTION
 from unlearn.data import Sequence
-from unlearn.files import check_writable, naming
+from unlearn.files import check_writable, replacing
 from unlearn.model import head_of
 from unlearn.scoring import Progress, forward, score, unique
 from unlearn_kernels import backends
@@ -174,15 +174,10 @@ def _damaged(path: Path, reason: str) -> str:
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with naming(path):
-            save_file(tensors, temporary, metadata)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def tolerance(batch_lengths: Iterable[int], dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--out", default="demo-out", help="folder for the report (default: %(default)s)")
     parser.add_argument("--data", metavar="DIR", help="TOFU's files instead of the invented corpus (up to an hour)")
     parser.add_argument("--seed", type=int, default=0, help="of corpus, weights and data order (default: %(default)s)")
-    parser.add_argument("--methods", help="comma-separated subset of the methods")
+    parser.add_argument("--methods", help="comma-separated subset of GA, NPO, NPO+RT, SimNPO+RT, AltPO")
     parser.add_argument("--reuse-models", action="store_true", help="take OUT's finished full and gold models")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto (default: %(default)s)")
     parser.set_defaults(run=_demo)
