@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.test_lora import refused
+from tests.test_cli import refused
 from tests.test_train import FORGET, REFUSALS, RETAIN
 from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer, write_rows
 from unlearn import cli

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.families import FAMILIES, family
+from tests.test_cli import refused
 from tests.test_train import (
     FORGET,
     RETAIN,
@@ -388,14 +389,6 @@ MISTAKES = {
     "nothing": (["--lora-targets", "q_proj,"], "lora_targets: '' is no linear layer"),
     "alpha 0": (["--lora-alpha", "0"], "lora_alpha: 0 is not accepted"),
 }
-
-
-def refused(capsys, command, status=2):
-    capsys.readouterr()
-    assert cli.main(command) == status
-    err = capsys.readouterr().err.rpartition("\r")[2]
-    assert err.startswith("unlearn: error: ") and err.count("\n") == 1 and "Traceback" not in err
-    return err
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -36,7 +36,14 @@ def add_output_option(parser: argparse.ArgumentParser, file: str, content: str) 
     )
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
+def add_measuring_options(parser: argparse.ArgumentParser, *numbers: tuple[str, int, str]) -> None:
+    """What the commands that measure a model have in common. numbers: (flag, default, text) of their own."""
+    for flag, default, text in (
+        *numbers,
+        ("--generation-batch", 32, "rows generated at a time"),
+        ("--max-tokens", 16384, "token budget of one forward"),
+    ):
+        parser.add_argument(flag, type=positive, default=default, help=f"{text} (default: %(default)s)")
     parser.add_argument(
         "--fields",
         metavar="NAME=COLUMN,...",
@@ -48,6 +55,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="cut documents (.txt files, the text column) into windows of this many tokens (default: each is one)",
     )
+    add_model_options(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON alone on standard output")
 
 
 def at_least_two(text: str) -> int:

@@ -11,8 +11,7 @@ from typing import Any
 
 from unlearn.commands.common import (
     MODEL_HELP,
-    add_data_options,
-    add_model_options,
+    add_measuring_options,
     add_output_option,
     load_model,
     load_tokenizer,
@@ -43,15 +42,7 @@ def add(commands: Any) -> None:
     add_output_option(parser, "eval.json", "metrics and sample answers")
     parser.add_argument("--log", metavar="FILE", help="write a log in TOFU's format too (`unlearn metrics` reads it)")
     parser.add_argument("--max-rows", type=positive, help="use the first rows of each set alone (TOFU's tables: 300)")
-    for flag, default, text in (
-        ("--max-new-tokens", 200, "length of generated answers"),
-        ("--generation-batch", 32, "rows generated at a time"),
-        ("--max-tokens", 16384, "token budget of one forward"),
-    ):
-        parser.add_argument(flag, type=positive, default=default, help=f"{text} (default: %(default)s)")
-    add_data_options(parser)
-    add_model_options(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON alone on standard output")
+    add_measuring_options(parser, ("--max-new-tokens", 200, "length of generated answers"))
     parser.set_defaults(run=_eval)
 
 

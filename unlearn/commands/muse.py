@@ -9,8 +9,7 @@ from typing import Any
 
 from unlearn.commands.common import (
     MODEL_HELP,
-    add_data_options,
-    add_model_options,
+    add_measuring_options,
     add_output_option,
     load_model,
     load_tokenizer,
@@ -51,15 +50,10 @@ def add(commands: Any) -> None:
     )
     add_output_option(parser, "muse.json", "metrics")
     parser.add_argument("--max-rows", type=positive, help="use the first rows (or windows) of each set alone")
-    for flag, default, text in (
+    add_measuring_options(
+        parser,
         ("--prompt-tokens", 128, "tokens of a document that VerbMem shows; half of a document shorter than twice that"),
-        ("--generation-batch", 32, "rows generated at a time"),
-        ("--max-tokens", 16384, "token budget of one forward"),
-    ):
-        parser.add_argument(flag, type=positive, default=default, help=f"{text} (default: %(default)s)")
-    add_data_options(parser)
-    add_model_options(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON alone on standard output")
+    )
     parser.set_defaults(run=_muse)
 
 
