@@ -387,6 +387,10 @@ MISTAKES = {
     "half a name": (["--lora-targets", "proj"], "lora_targets: 'proj' is no linear layer"),
     "an embedding": (["--lora-targets", "embed_tokens"], "lora_targets: 'embed_tokens' is no linear layer"),
     "nothing": (["--lora-targets", "q_proj,"], "lora_targets: '' is no linear layer"),
+    "a rank beyond every layer's": (
+        ["--lora", "4000000"],
+        "lora: 4000000 is not accepted; no layer here has a rank above",
+    ),
     "alpha 0": (["--lora-alpha", "0"], "lora_alpha: 0 is not accepted"),
 }
 

@@ -61,14 +61,17 @@ def parts(layer: Any) -> tuple[nn.Module, LoRA | None]:
 def attach(model: nn.Module, config: TrainConfig) -> None:
     """Make `model` train adapters alone: new ones as the configuration says, or those that it was loaded with.
 
-    Raises ValueError for a target that is no linear layer, for adapters of other settings than asked for, and for a
-    merge that could not be done at the end.
+    Raises ValueError for a target that is no linear layer, for a rank that no target can have, for adapters of other
+    settings than asked for, and for a merge that could not be done at the end.
     """
     if layers(model):
         _check_same(model, config)
     else:
         assert config.lora is not None
         targets = _resolve(model, config.lora_targets)
+        highest = max(min(model.get_submodule(name).weight.shape) for name in targets)
+        if config.lora > highest:
+            raise ValueError(f"lora: {config.lora} is not accepted; no layer here has a rank above {highest}")
         described = _peft().LoraConfig(
             r=config.lora,
             lora_alpha=2 * config.lora if config.lora_alpha is None else config.lora_alpha,
