@@ -112,6 +112,7 @@ def test_wrong_arguments(files, tmp_path, capsys):
     path = tmp_path / "there.jsonl"
     path.write_text("")
     assert "exists; --resume" in refused(capsys, ["alternates", *arguments(files, path)])
+    assert "is a folder; a file is accepted" in refused(capsys, ["alternates", *arguments(files, tmp_path)])
     assert "temperature is 0.0" in refused(capsys, ["alternates", *arguments(files, tmp_path / "x", temperature=0)])
     path.write_text('{"question": "Who?", "answer": "I.", "alternates": ["a", "b"]}\n')
     message = refused(capsys, ["alternates", "--resume", *arguments(files, path)])

@@ -179,3 +179,11 @@ def test_what_the_run_would_refuse_of_the_model(files, tmp_path, capsys):
         arguments = command(files, tmp_path / "new", **values)
         assert refused(capsys, [*arguments, "--dry-run"]) == refused(capsys, arguments)
         assert message in refused(capsys, [*arguments, "--dry-run"])
+
+
+def test_rows_that_say_the_same_are_counted_each(files, tmp_path, capsys):
+    twice = write_rows(tmp_path / "twice.jsonl", [FORGET[0], *FORGET])
+    assert planned(capsys, command(files, tmp_path / "out", forget=twice))["sets"]["forget"]["rows"] == len(FORGET) + 1
+    alternates = write_rows(tmp_path / "a.jsonl", [row | {"alternates": ["No.", "Yes."]} for row in FORGET])
+    plan = planned(capsys, command(files, tmp_path / "out", method="altpo", forget=alternates))
+    assert [plan["sets"][name]["rows"] for name in ("forget", "alternates")] == [len(FORGET), 2 * len(FORGET)]

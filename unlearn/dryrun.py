@@ -95,7 +95,8 @@ def _sets(data: TrainingSet, plan: list[Step]) -> dict[str, Any]:
     drawn = [s for step in plan if step.epoch == 0 for s in step.refusals]
     if data.refusals and not drawn:  # as the chosen half of a pair
         drawn = [s for step in plan if step.epoch == 0 for g in step.groups for s, role in g if role == Role.CHOSEN]
-    forget = {s.content_key: s for s, role in members if role != Role.CHOSEN}  # repeated for each alternate
+    # by identity: a row is repeated for each of its alternates, and two rows may say the same
+    forget = {id(s): s for s, role in members if role != Role.CHOSEN}
     found = {
         "forget": list(forget.values()),
         "alternates": [s for s, role in members if role == Role.CHOSEN],

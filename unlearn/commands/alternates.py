@@ -53,6 +53,8 @@ def _alternates(args: argparse.Namespace) -> int:
     output = Path(args.output)
     if not 0 < args.temperature < math.inf:
         raise ValueError(f"temperature is {args.temperature}; a number above 0 is accepted")
+    if output.is_dir():
+        raise ValueError(f"output: {output} is a folder; a file is accepted")
     if output.exists() and not args.resume:
         raise ValueError(f"output: {output} exists; --resume goes on with it")
     quiet_transformers()
