@@ -475,7 +475,7 @@ def test_a_damaged_adapter_is_one_line(files, tmp_path, capsys, name):
     damage(folder)
     command = ["eval", "--model", str(folder), "--forget", str(files / "forget.jsonl"), "--device", "cpu"]
     err = refused(capsys, [*command, "--dtype", "float32"])
-    assert message in err and err.startswith("unlearn: error: model: ") and str(folder) in err
+    assert message in err and err.startswith("model: ") and str(folder) in err
 
 
 def test_an_adapter_of_an_adapter(files, tmp_path, capsys):

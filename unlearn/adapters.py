@@ -258,9 +258,10 @@ def check_mergeable(model: nn.Module, argument: str) -> None:
     """Raises ValueError naming `argument` where merge() would change the input embedding too."""
     head = model.get_output_embeddings()
     if _is_wrapped(head) and head.base_layer.weight is model.get_input_embeddings().weight:
+        remedy = "leave the head out of --lora-targets" if argument == "lora_merge" else "--lora RANK trains it further"
         raise ValueError(
             f"{argument}: the head's adapter cannot be merged: {type(model).__name__} shares that weight with its"
-            " input embedding; leave the head out of --lora-targets, or keep the adapter apart"
+            f" input embedding; {remedy}"
         )
 
 
