@@ -276,8 +276,7 @@ def test_a_reference_of_something_else(files, tmp_path, capsys, monkeypatch):
         message = refused(capsys, train(files, output, reference_cache=cache, **changes))
         assert message.startswith(f"reference_cache: {cache / 'reference.safetensors'} is of {difference}")
         assert message.endswith("delete it or give another --reference-cache")
-        assert contents(cache) == before and not (output / "model").exists()
-        shutil.rmtree(output)
+        assert contents(cache) == before and not output.exists()
     monkeypatch.setattr(reference, "ATTENTION", "another")
     message = refused(capsys, ["reference", *options(files, tmp_path / "two", reference_cache=cache)])
     assert "is of another attention (stored unlearn_packed, now another)" in message
