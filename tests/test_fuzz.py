@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.test_cli import FORGET, RETAIN
-from tests.tiny import save_tiny, write_rows
+from tests.tiny import tiny_llama, tiny_tokenizer, write_rows
 from unlearn import cli
 from unlearn.config import field_types
 
@@ -54,7 +54,8 @@ def toml(value):
 def files(tmp_path_factory):
     """A folder with a model and rows. Read only."""
     folder = tmp_path_factory.mktemp("files")
-    save_tiny(folder / "model")
+    tiny_llama(num_hidden_layers=1).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
     write_rows(folder / "forget.jsonl", FORGET[:2])
     write_rows(folder / "retain.jsonl", RETAIN[:2])
     return folder
@@ -82,7 +83,7 @@ def write(folder, values):
     return ["train", "--config", str(path)]
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=45, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(changes=CHANGES)
 def test_a_configuration_runs_or_is_one_line(files, changes):
     with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +102,7 @@ def test_a_configuration_runs_or_is_one_line(files, changes):
         assert not (Path(folder) / "out" / "metrics.jsonl").exists()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(changes=CHANGES)
 def test_an_option_is_stronger_than_the_file(files, changes):
     """Whatever the file says of a setting, also what could not be: the option's value is the run's."""

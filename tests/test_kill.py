@@ -18,20 +18,23 @@ from tests.processes import OUTSIDE, Fork, contents, run_forked
 from tests.test_alternates import arguments as alternates_arguments
 from tests.test_cli import FORGET, RETAIN, options
 from tests.test_train import same_tree
-from tests.tiny import save_tiny, write_rows
-from unlearn import checkpoint, cli
+from tests.tiny import tiny_llama, tiny_tokenizer, write_rows
+from unlearn import checkpoint, cli, runfiles
 
-NUM_STEPS, SAVE_EVERY = 8, 2
+NUM_STEPS, SAVE_EVERY = 6, 2
 METHODS = {
-    "npo": {"retain_term": "nll", "dtype": "bfloat16"},
-    "altpo": {"retain_term": "kl", "max_grad_norm": 1.0, "max_tokens": 100},
+    "npo": {"epochs": 3, "retain_term": "nll", "dtype": "bfloat16"},
+    "altpo": {"epochs": 2, "batch_size": 4, "retain_term": "kl", "max_grad_norm": 1.0, "max_tokens": 100},
 }
+ALTERNATES = {"batch_size": 1, "max_new_tokens": 3}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def in_memory():
-    """Runs write where fsync costs nothing: a process that is killed loses nothing of what it gave to the system."""
+def cheap_runs():
+    """Runs write where fsync costs nothing: a process that is killed loses nothing of what it gave to the system. And
+    they start no git, whose answer none of them is compared by."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runfiles, "_commit", lambda root: None)
         if os.access("/dev/shm", os.W_OK):
             patch.setattr(tempfile, "tempdir", "/dev/shm")
         yield
@@ -47,15 +50,16 @@ def folder():
 def files(tmp_path_factory):
     """A folder with a model and rows, and for each method a finished run and the seconds that it takes. Read only."""
     folder = tmp_path_factory.mktemp("files")
-    save_tiny(folder / "model")
+    tiny_llama(num_hidden_layers=1).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
     write_rows(folder / "forget.jsonl", [row | {"alternates": ["At sea.", "Nobody knows."]} for row in FORGET])
     write_rows(folder / "retain.jsonl", RETAIN)
     return folder
 
 
 def train_arguments(files, output, method):
-    changes = {"epochs": 4 if method == "npo" else 2, "save_every": SAVE_EVERY, "retain": files / "retain.jsonl"}
-    return ["train", *options(files, output, method=method, **changes, **METHODS[method])]
+    changes = {"save_every": SAVE_EVERY, "retain": files / "retain.jsonl"} | METHODS[method]
+    return ["train", *options(files, output, method=method, **changes)]
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -105,7 +109,7 @@ def test_killed_at_random_moments(files, whole, folder):
             if aimed:
                 wanted = f"step-{rng.randrange(SAVE_EVERY, NUM_STEPS, SAVE_EVERY):08d}"
                 fork.wait_until((output / "checkpoints" / f"tmp-{wanted}").exists)
-                time.sleep(rng.uniform(0, 2e-3))
+                time.sleep(rng.uniform(0, 1e-3))
             else:
                 time.sleep(rng.uniform(0, seconds))
             fork.send(signal.SIGKILL)
@@ -126,14 +130,15 @@ def test_killed_at_random_moments(files, whole, folder):
 
 
 def test_interrupted_at_random_moments(files, whole, folder):
-    """Ctrl-C in the middle: 130 and one line; then as after a kill."""
+    """Ctrl-C in the middle, of one method at any moment and of the other while a checkpoint is written: 130 and one
+    line; then as after a kill."""
     method, expected, seconds = whole
-    rng, stops = random.Random(f"ctrl-c {method}"), 0
+    rng = random.Random(f"ctrl-c {method}")
     for attempt in range(40):
         output = folder / str(attempt)
         arguments = train_arguments(files, output, method)
         with Fork(arguments) as fork:
-            if attempt % 2:
+            if method == "altpo":
                 fork.wait_until(lambda output=output: unfinished_checkpoint(output))
             else:
                 time.sleep(rng.uniform(0, seconds))
@@ -147,12 +152,11 @@ def test_interrupted_at_random_moments(files, whole, folder):
         resumed = run_forked([*arguments, "--resume"])
         assert resumed.status == 0, resumed.err
         assert_same_run(output, expected)
-        stops += 1
-        if stops == 2:
-            break
-    assert stops == 2
+        return
+    raise AssertionError("no Ctrl-C came in time")
 
 
+@pytest.mark.parametrize("whole", ["altpo"], indirect=True)
 def test_a_resumed_run_killed_again_and_again(files, whole, folder):
     """Each life takes the run a little further, none starts over for good."""
     method, expected, seconds = whole
@@ -176,6 +180,7 @@ def stored(cache):
     return found
 
 
+@pytest.mark.parametrize("whole", ["altpo"], indirect=True)
 def test_reference_killed_and_run_again(files, whole, folder):
     """The cache is whole or absent, and the next command goes on to the same bytes."""
     method, expected, _ = whole
@@ -204,14 +209,14 @@ def test_reference_killed_and_run_again(files, whole, folder):
 
 def test_alternates_killed_and_resumed(files, folder):
     whole, rng = folder / "whole.jsonl", random.Random(3)
-    assert cli.main(["alternates", *alternates_arguments(files, whole, batch_size=1)]) == 0
+    assert cli.main(["alternates", *alternates_arguments(files, whole, **ALTERNATES)]) == 0
     start = time.perf_counter()
-    assert run_forked(["alternates", *alternates_arguments(files, folder / "timed.jsonl", batch_size=1)]).status == 0
+    assert run_forked(["alternates", *alternates_arguments(files, folder / "timed.jsonl", **ALTERNATES)]).status == 0
     seconds = time.perf_counter() - start
     wanted, kills = whole.read_bytes(), 0
     for attempt in range(20):
         path = folder / f"{attempt}.jsonl"
-        arguments = ["alternates", *alternates_arguments(files, path, batch_size=1)]
+        arguments = ["alternates", *alternates_arguments(files, path, **ALTERNATES)]
         with Fork(arguments) as fork:
             if attempt % 2:
                 size = rng.randrange(1, len(wanted))
