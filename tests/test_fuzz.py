@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.test_cli import FORGET, RETAIN
@@ -83,18 +83,24 @@ def write(folder, values):
     return ["train", "--config", str(path)]
 
 
-@settings(max_examples=45, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(changes=CHANGES)
+@example(changes={"epochs": 0})
+@example(changes={"lr": 1e39})
+@example(changes={"lr": math.inf})
+@example(changes={"weight_decay": math.nan})
 def test_a_configuration_runs_or_is_one_line(files, changes):
     with tempfile.TemporaryDirectory() as folder:
         status, err = run(write(folder, base(files, folder) | changes))
         if status == 0:
             assert (Path(folder) / "out" / "model" / "model.safetensors").exists()
+            assert (Path(folder) / "out" / "metrics.jsonl").read_bytes().count(b"\n") > 1  # one step or more
             return
         line = err.rpartition("\r")[2]
         assert line.startswith("unlearn: error: ") and line.count("\n") == 1 and "Traceback" not in err, err
         if status == 1:  # a rate or a weight that a step could not bear is known after the step alone
             assert "NonFiniteError: step " in line and EXTREME & changes.keys(), line
+            assert all(abs(changes[name]) <= 1e30 for name in EXTREME & changes.keys()), line
             return
         assert status == 2
         # a method that wants other settings is named with them by its value
