@@ -86,6 +86,8 @@ def write(folder, values):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(changes=CHANGES)
 @example(changes={"epochs": 0})
+@example(changes={"lora": 1})
+@example(changes={"lora": 1, "lora_merge": True})
 @example(changes={"lr": 1e39})
 @example(changes={"lr": math.inf})
 @example(changes={"weight_decay": math.nan})
@@ -93,7 +95,9 @@ def test_a_configuration_runs_or_is_one_line(files, changes):
     with tempfile.TemporaryDirectory() as folder:
         status, err = run(write(folder, base(files, folder) | changes))
         if status == 0:
-            assert (Path(folder) / "out" / "model" / "model.safetensors").exists()
+            adapter = changes.get("lora") and not changes.get("lora_merge")
+            weights = "adapter_model.safetensors" if adapter else "model.safetensors"
+            assert (Path(folder) / "out" / "model" / weights).exists()
             assert (Path(folder) / "out" / "metrics.jsonl").read_bytes().count(b"\n") > 1  # one step or more
             return
         line = err.rpartition("\r")[2]
