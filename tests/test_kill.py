@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.processes import OUTSIDE, Fork, contents, run_forked
+from tests.processes import OUTSIDE, Fork, contents, cpu_seconds, run_forked
 from tests.test_alternates import arguments as alternates_arguments
 from tests.test_cli import FORGET, RETAIN, options
 from tests.test_train import same_tree
@@ -49,7 +49,7 @@ def folder():
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder with a model and rows, and for each method a finished run and the seconds that it takes. Read only."""
+    """A folder with a model and rows, where finished runs come to lie. Read only."""
     folder = tmp_path_factory.mktemp("files")
     tiny_llama(num_hidden_layers=1).save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
@@ -65,13 +65,11 @@ def train_arguments(files, output, method):
 
 @pytest.fixture(scope="module", params=METHODS)
 def whole(request, files):
-    """(method, output of an uninterrupted run, its seconds)"""
+    """(method, output of an uninterrupted run, its seconds of processor time)"""
     output = files / f"whole-{request.param}"
     assert cli.main(train_arguments(files, output, request.param)) == 0
     assert len(steps(output)) == NUM_STEPS
-    start = time.perf_counter()
-    assert run_forked(train_arguments(files, files / f"timed-{request.param}", request.param)).status == 0
-    seconds = time.perf_counter() - start
+    seconds = cpu_seconds(train_arguments(files, files / f"timed-{request.param}", request.param))
     assert_same_run(files / f"timed-{request.param}", output)
     return request.param, output, seconds
 
@@ -110,7 +108,7 @@ def unfinished_checkpoint(output):
 
 
 def test_killed_at_random_moments(files, whole, folder):
-    """20 kills of the two methods: most after a random part of the run's time, some once a checkpoint is begun."""
+    """20 kills of the two methods: most after a random part of the run's work, some once a checkpoint is begun."""
     method, expected, seconds = whole
     rng, kills, mid_checkpoint = random.Random(method), 0, 0
     for attempt in range(60):
@@ -123,7 +121,7 @@ def test_killed_at_random_moments(files, whole, folder):
                 fork.wait_until((output / "checkpoints" / f"tmp-{wanted}").exists)
                 time.sleep(rng.uniform(0, 7 * SYNC_SECONDS))
             else:
-                time.sleep(rng.uniform(0, seconds))
+                fork.wait_for_cpu(rng.uniform(0, seconds))
             fork.send(signal.SIGKILL)
             ended = fork.wait()
         if ended.status != -signal.SIGKILL:
@@ -153,7 +151,7 @@ def test_interrupted_at_random_moments(files, whole, folder):
             if method == "altpo":
                 fork.wait_until(lambda output=output: unfinished_checkpoint(output))
             else:
-                time.sleep(rng.uniform(0, seconds))
+                fork.wait_for_cpu(rng.uniform(0, seconds))
             fork.send(signal.SIGINT)
             ended = fork.wait()
         if ended.status in (0, OUTSIDE):  # it was faster, or had not yet begun
@@ -175,7 +173,7 @@ def test_a_resumed_run_killed_again_and_again(files, whole, folder):
     arguments, rng = train_arguments(files, folder / "out", method), random.Random(5)
     for _ in range(2):
         with Fork([*arguments, "--resume"]) as fork:
-            time.sleep(rng.uniform(0.3, 1) * seconds)
+            fork.wait_for_cpu(rng.uniform(0.3, 1) * seconds)
             fork.send(signal.SIGKILL)
             assert fork.wait().status in (0, -signal.SIGKILL)
     assert run_forked([*arguments, "--resume"]).status == 0
@@ -198,9 +196,7 @@ def test_reference_killed_and_run_again(files, whole, folder):
     method, expected, _ = whole
     cache, rng = folder / "cache", random.Random(7)
     arguments = ["reference", *train_arguments(files, folder / "out", method)[1:], "--reference-cache", str(cache)]
-    start = time.perf_counter()
-    assert run_forked(arguments).status == 0
-    seconds = time.perf_counter() - start
+    seconds = cpu_seconds(arguments)
     want = stored(expected / "reference")
     assert stored(cache).keys() == want.keys() and same_tree(stored(cache), want)
     for attempt in range(3):
@@ -209,7 +205,7 @@ def test_reference_killed_and_run_again(files, whole, folder):
             if attempt % 2:
                 fork.wait_until(lambda: cache.exists() and any(cache.iterdir()))
             else:
-                time.sleep(rng.uniform(0.2, 1) * seconds)
+                fork.wait_for_cpu(rng.uniform(0.2, 1) * seconds)
             fork.send(signal.SIGKILL)
             fork.wait()
         cache.mkdir(exist_ok=True)
@@ -222,9 +218,7 @@ def test_reference_killed_and_run_again(files, whole, folder):
 def test_alternates_killed_and_resumed(files, folder):
     whole, rng = folder / "whole.jsonl", random.Random(3)
     assert cli.main(["alternates", *alternates_arguments(files, whole, **ALTERNATES)]) == 0
-    start = time.perf_counter()
-    assert run_forked(["alternates", *alternates_arguments(files, folder / "timed.jsonl", **ALTERNATES)]).status == 0
-    seconds = time.perf_counter() - start
+    seconds = cpu_seconds(["alternates", *alternates_arguments(files, folder / "timed.jsonl", **ALTERNATES)])
     wanted, kills = whole.read_bytes(), 0
     for attempt in range(20):
         path = folder / f"{attempt}.jsonl"
@@ -234,7 +228,7 @@ def test_alternates_killed_and_resumed(files, folder):
                 size = rng.randrange(1, len(wanted))
                 fork.wait_until(lambda path=path, size=size: path.exists() and path.stat().st_size >= size)
             else:
-                time.sleep(rng.uniform(0.3, 1) * seconds)
+                fork.wait_for_cpu(rng.uniform(0.3, 1) * seconds)
             fork.send(signal.SIGKILL)
             if fork.wait().status == 0:
                 continue
