@@ -73,6 +73,29 @@ def test_killed_at_any_batch_the_file_ends_up_the_same(model, rows, tmp_path):
         assert done == kept // 2 * 2 and sum(seen) == len(rows)
 
 
+STRANGERS = {
+    "a text": lambda lines: b"notes of mine, and no end of a line",
+    "rows of another file": lambda lines: lines[1],
+    "rows of another count": lambda lines: lines[0].replace(b'"alternates": [', b'"alternates": ["one more", '),
+    "our rows, then a text": lambda lines: b"".join(lines[:2]) + b"notes",
+    "all of our rows, then a text": lambda lines: b"".join(lines) + b"notes",
+    "all of our rows, then more": lambda lines: b"".join(lines) + lines[0],
+    "the beginning of another row": lambda lines: lines[0] + lines[2][:25],
+}
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_of_a_strangers_file_nothing_is_removed(model, rows, tmp_path, name):
+    """What is cut off is a line of ours that a kill left half, and nothing else."""
+    path = tmp_path / "out.jsonl"
+    alternates.write_alternates(model, tiny_tokenizer(), rows[:4], path, **SETTINGS)
+    content = STRANGERS[name](path.read_bytes().splitlines(keepends=True))
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="^output: .* line [1-5] is of another file"):
+        alternates.write_alternates(model, tiny_tokenizer(), rows[:4], path, **SETTINGS)
+    assert path.read_bytes() == content
+
+
 def test_another_seed_gives_others(model, rows, tmp_path):
     texts = []
     for seed in (0, 1):

@@ -1,5 +1,6 @@
 """One person's afternoon with each family of models: train, adapters, evaluation and what stands around them."""
 
+import functools
 import json
 
 import pytest
@@ -21,8 +22,8 @@ def test_the_commands_in_order(tmp_path, capsys, name):
     model = family(name, vocab=len(tokenizer))
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    rows = ["--forget", write_rows(tmp_path / "forget.jsonl", FORGET)]
-    kept = ["--retain", write_rows(tmp_path / "retain.jsonl", RETAIN), "--retain-term"]
+    rows = ["--forget", write_rows(tmp_path / "forget.jsonl", FORGET[:3])]
+    kept = ["--retain", write_rows(tmp_path / "retain.jsonl", RETAIN[:3]), "--retain-term"]
     common = [
         *rows,
         *SHARED,
@@ -48,6 +49,7 @@ def test_the_commands_in_order(tmp_path, capsys, name):
         assert "Warning" not in err and "\n" not in err.strip()
         return out
 
+    @functools.cache
     def evaluated(folder):
         out = run("eval", "--model", str(tmp_path / folder), *rows, *SHARED, "--max-new-tokens", "3", "--json")
         return json.loads(out)["forget_logprob_per_token"]
@@ -60,7 +62,7 @@ def test_the_commands_in_order(tmp_path, capsys, name):
     # one stored reference serves the run of all weights and that of adapters
     for output, more in (("full", []), ("adapter", ["--lora", "4", "--gradient-checkpointing"])):
         out = run("train", *base, *npo, "--output", str(tmp_path / output), *reference, *more)
-        assert "reference log-likelihoods of 6 sequences: loaded" in out
+        assert "reference log-likelihoods of 3 sequences: loaded" in out
     run("train", *base, *simnpo, "--output", str(tmp_path / "simnpo"))
     run("train", *base, *simnpo, "--output", str(tmp_path / "merged"), "--lora", "4", "--lora-merge")
     before = evaluated("base")
@@ -73,7 +75,7 @@ def test_the_commands_in_order(tmp_path, capsys, name):
     assert tensors and all(".lora_" in tensor for tensor in tensors)
     alternates = str(tmp_path / "alternates.jsonl")
     run("alternates", "--model", str(tmp_path / "adapter" / "model"), *rows, *SHARED, "--output", alternates,
-        "--count", "2", "--max-new-tokens", "4")  # fmt: skip
+        "--count", "1", "--max-new-tokens", "4")  # fmt: skip
     run("train", "--model", str(tmp_path / "adapter" / "model"), *common, "--method", "altpo", "--beta", "0.1",
         "--alternates", alternates, "--output", str(tmp_path / "altpo"), "--lora", "4")  # fmt: skip
     assert evaluated("altpo/model") != evaluated("adapter/model")

@@ -146,6 +146,16 @@ def test_each_value_is_checked_and_named(name, values):
             built(**{name: value})
 
 
+@pytest.mark.parametrize("name", [name for name, (plain, _) in field_types().items() if plain is float])
+def test_numbers_are_within_what_float32_can_use(name):
+    """Beyond, a run would end in its first step."""
+    for value in (1e39, -1e39, 1e31, 1e-39, 5e-324):
+        with pytest.raises(ValueError, match=rf"^{name}: .*not accepted; 0 and magnitudes of 1e-30 to 1e\+30 are$"):
+            built(**{name: value})
+    if name not in ("lr", "max_grad_norm", "skip_below"):
+        assert getattr(built(**{name: 1e30}), name) == 1e30 and getattr(built(**{name: 0}), name) == 0
+
+
 def test_retain_rows_and_retain_term_go_together():
     with pytest.raises(ValueError, match="^retain: missing, and retain_term nll needs rows"):
         built(retain_term="nll")

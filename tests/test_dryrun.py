@@ -3,11 +3,12 @@
 import json
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.test_cli import refused
 from tests.test_train import FORGET, REFUSALS, RETAIN
 from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer, write_rows
-from unlearn import cli
+from unlearn import cli, train
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def tree(folder):
     ],
     ids=lambda values: "-".join(map(str, values.values())) or "npo",
 )
-def test_the_plan_is_what_the_run_does(files, tmp_path, capsys, values):
+def test_the_plan_is_what_the_run_does(files, tmp_path, capsys, monkeypatch, values):
     output = tmp_path / "out"
     values = dict(values)
     if "alternates" in values:
@@ -73,15 +74,26 @@ def test_the_plan_is_what_the_run_does(files, tmp_path, capsys, values):
     assert (tree(tmp_path), tree(files)) == before and not plan["output"]["holds_a_run"]
     arguments[arguments.index("--model") + 1] = str(files / "model")
     assert planned(capsys, arguments) == plan | {"model": plan["model"] | {"name": str(files / "model")}}
+    saved, original = [], train.save_checkpoint
+    monkeypatch.setattr(train, "save_checkpoint", lambda *args: saved.append(args) or original(*args))
     assert cli.main(arguments) == 0
     said = capsys.readouterr().out
     header, *rows = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
     steps, size, provenance = plan["steps"], plan["bytes"], header["provenance"]
-    assert steps["total"] == len(rows) == steps["epochs"] * steps["per_epoch"]
+    assert steps["total"] == len(rows) == header["num_steps"] == steps["epochs"] * steps["per_epoch"]
+    assert steps["per_epoch"] == sum(row["epoch"] == 1 for row in rows)
     assert steps["micro_batches"] == sum(row["packs"] for row in rows)
     assert steps["tokens"] == sum(row["tokens"] for row in rows)
     assert steps["tokens"] <= steps["micro_batches"] * max(steps["largest_pack"], steps["max_tokens"])
-    assert (steps["packs_over_budget"] > 0) == (steps["largest_pack"] > steps["max_tokens"])
+    # the largest pack is one of those of its step, and the only one where a step has one
+    assert max(row["tokens"] / row["packs"] for row in rows) <= steps["largest_pack"] <= max(r["tokens"] for r in rows)
+    if all(row["packs"] == 1 for row in rows):
+        assert steps["largest_pack"] == max(row["tokens"] for row in rows)
+    if steps["largest_pack"] <= steps["max_tokens"]:
+        assert steps["packs_over_budget"] == 0
+        assert steps["fill"] == pytest.approx(steps["tokens"] / (steps["micro_batches"] * steps["max_tokens"]))
+    else:  # a budget below every row: each has a pack of its own, and all of it is used
+        assert steps["packs_over_budget"] == steps["micro_batches"] and steps["fill"] == 1
     rates, found = [row["lr"] for row in rows], plan["learning_rate"]
     assert (found["first"], found["last"], found["peak"]) == (rates[0], rates[-1], max(rates))
     assert rates[found["peak_step"] - 1] == found["peak"]
@@ -94,10 +106,16 @@ def test_the_plan_is_what_the_run_does(files, tmp_path, capsys, values):
         assert (one is not None) == (what.split("{}")[0] in said)
         if one is not None:
             assert what.format(one["sequences"]) in said and one["stored"] is None
-            written = output / "reference" / one["file"].rpartition("/")[2]
-            assert 0 < one["bytes"] <= written.stat().st_size <= one["bytes"] + 4000
+            (stored,) = load_file(output / "reference" / one["file"].rpartition("/")[2]).values()
+            assert one["bytes"] == stored.nbytes
+    weight = load_file(files / "model" / "model.safetensors")["lm_head.weight"]
+    wide = weight.numel() * (4 if plan["model"]["dtype"] == "float32" else 2)
+    # copied where it is trained
+    assert size["reference_head"] == (wide if "states" in plan["reference"] and "lora" not in values else 0)
+    assert size["static"] == sum(size[part] for part in ("weights", "gradients", "optimizer", "reference_head"))
+    assert size["checkpoint"] == size["gradients"] + size["optimizer"]
     (checkpoint,) = (output / "checkpoints").glob("step-*")
-    assert plan["checkpoints"] >= 1
+    assert plan["checkpoints"] == len(saved) >= 1
     for folder, expected, others in ((checkpoint, size["checkpoint"], 40_000), (output / "model", None, 0)):
         written = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
         written += sum(p.stat().st_size for p in folder.glob("optimizer.pt"))
@@ -120,7 +138,8 @@ def test_for_a_person(files, tmp_path, capsys):
         table["method"] == "npo, retain term nll" and "36,640 parameters in bfloat16, 36,640 trained" in table["model"]
     )
     assert table["forget"].startswith("6 rows, 235 tokens, 130 of them labels (55%)")
-    assert table["steps"].startswith("6 in 3 epochs of 2, ") and "to be computed" in table["reference"]
+    assert table["steps"].startswith("6 in 3 epochs of 2, ")
+    assert table["reference"] == "log-likelihoods of 6 sequences, 235 tokens: to be computed"
     assert table["learning rate"] == "from 0 up to 0.01 at step 3, straight down to 0.0025 at step 6"
     assert table["checkpoints"] == "1 written, the newest kept, 358 KiB each"
     assert table["static memory"].startswith("429 KiB: weights 71.6 KiB, gradients 71.6 KiB, optimizer 286 KiB")

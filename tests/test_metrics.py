@@ -101,6 +101,7 @@ def test_a_log_of_lists_says_what_one_of_dictionaries_says(tmp_path):
     for name, log in (("lists", lists), ("dictionaries", dictionaries)):
         (tmp_path / name).write_text(json.dumps(log))
         read.append(tofu_log.read(tmp_path / name))
+    assert read[0] == read[1] and read[0]["forget"] == lists["eval_log_forget.json"]
     found = [tofu_log.summary(log, read[0]) for log in read]
     assert found[0] == found[1] and found[0]["forget_quality"] == pytest.approx(1.0)
     fields = lists["eval_log_forget.json"]

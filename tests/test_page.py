@@ -125,10 +125,15 @@ def test_text_of_the_data_stays_text(tmp_path):
         sets={SCRIPT: {"kind": "forget", "source": SCRIPT, "rows": 1, "digest": SCRIPT}},
         metrics={SCRIPT: 1.0, "forget_quality": 0.5, "model_utility": 0.5},
     )  # fmt: skip
-    config = {key: SCRIPT for key in CONFIG} | {SCRIPT: SCRIPT}
+    config = {key: SCRIPT for key in CONFIG} | {SCRIPT: SCRIPT, f"{SCRIPT} shared": SCRIPT}
     folder = make_run(tmp_path / "<b>$x_1$ & \"'", config=config, evaluated=hostile)
-    page, text = page_of(tmp_path, folder, title=SCRIPT)
-    assert "script" not in page.tags and "b" not in page.tags and "<script" not in text
+    # one whose evaluation is of another run: what is said of it names that run's model, and the picture's notes name it
+    stale = make_run(tmp_path / "<u>", config=config | {SCRIPT: f"{SCRIPT} too"}, evaluated=hostile)
+    (stale / "metrics.jsonl").write_text((stale / "metrics.jsonl").read_text().replace('"d1"', '"d2"'))
+    page, text = page_of(tmp_path, folder, stale, title=SCRIPT)
+    assert not {"script", "b", "u"} & set(page.tags) and "<script" not in text
+    assert any("is not of this run (<script>" in said for said in page.texts)
+    assert any("Without both values, so not drawn: <u>" in said for said in page.texts)
     assert page.texts.count(SCRIPT) >= 10
     # the name in the picture is the name, and no formula
     assert folder.name in Reader(text[text.index("<figure") : text.index("</figure>")] + "</figure>").texts

@@ -133,7 +133,7 @@ def _finished(path: Path, rows: list[Row], count: int, batch_size: int) -> int:
     lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
     rest = data[sum(map(len, lines)) :]
     own = _line(rows[len(lines)], []).partition('"alternates"')[0].encode() if len(lines) < len(rows) else b""
-    if rest[: len(own)] != own[: len(rest)]:  # of a stranger's file nothing is removed
+    if rest and (not own or rest[: len(own)] != own[: len(rest)]):  # of a stranger's file nothing is removed
         raise ValueError(f"output: {path} line {len(lines) + 1} is of another file; give another --output")
     for number, line in enumerate(lines):
         try:
