@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
@@ -356,9 +357,8 @@ def test_out_of_memory(tmp_path):
     shutil.rmtree(tmp_path / "out")
     ended = run_forked(arguments, more_memory(80 * 2**20))
     assert ended.status == 1
-    assert ended.line.endswith(
-        "; a smaller --max-tokens, or (train) --gradient-checkpointing or --tile-tokens, needs less"
-    )
+    advice = "a smaller --max-tokens, or (train) --gradient-checkpointing or --tile-tokens, needs less"
+    assert re.search(rf"; \d+ MiB were planned \([a-z ]+\); {re.escape(advice)}$", ended.line)
 
 
 # ------------------------------------------------------------------------------------------------------- two at a time

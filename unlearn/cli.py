@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if is_out_of_memory(error):
             less = "a smaller --max-tokens, or (train) --gradient-checkpointing or --tile-tokens, needs less"
-            return _fail(f"{error}; {less}", 1)
+            return _fail("; ".join([str(error), *getattr(error, "__notes__", []), less]), 1)
         if isinstance(error, (RuntimeError, SafetensorError)):  # NonFiniteError, InvariantError, what torch raises
             return _fail(f"{type(error).__name__}: {error}", 1)
         raise

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from unlearn.batches import Step, with_reference
 from unlearn.config import TrainConfig
 from unlearn.data import pack
-from unlearn.memory import resident_mib
+from unlearn.memory import is_out_of_memory, resident_mib
 from unlearn.methods import METHODS
 from unlearn.plan import Budget, Load, Measures, Plan, Wanted, choose, make, saturation, shape_of_config
 from unlearn_kernels import Options
@@ -29,6 +30,16 @@ class Forecast:
     plan: Plan | None
     device: torch.device
     held_mib: float
+
+    @contextlib.contextmanager
+    def beside_errors(self) -> Iterator[None]:
+        """An error that says that memory is short carries what was planned as a note."""
+        try:
+            yield
+        except Exception as error:
+            if self.plan is not None and is_out_of_memory(error):
+                error.add_note(f"{self.plan.total / MIB:.0f} MiB were planned ({self.plan.peak_moment})")
+            raise
 
     def compare(self, peak_mib: float) -> str | None:
         """The run's measured peak against the plan, in a line."""

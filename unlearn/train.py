@@ -154,6 +154,7 @@ def train(
         if config.lora is not None:
             say(adapters.line(model))
         expected = forecast(config, model, plan, say=say)
+        stack.enter_context(expected.beside_errors())
         with adapters.as_reference(model):
             ref = compute_reference(config, model, tokenizer, plan, say=say, progress=progress)
         broken = not_finite(model)
