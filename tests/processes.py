@@ -55,6 +55,8 @@ class Fork:
             os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
             # tqdm's own lock is a semaphore that forks share: a child killed while it holds that would stop them all
             tqdm.set_lock(threading.RLock())
+            # a shell starts what runs in the background deaf to Ctrl-C, and children inherit that
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             sys.stdout, sys.stderr = self._files
             if before is not None:
                 before()

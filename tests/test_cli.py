@@ -83,7 +83,14 @@ def spawn(*arguments, **kwargs):
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-m", "unlearn.cli", *map(str, arguments)], env=env, **pipes, **kwargs)
+    return subprocess.Popen(
+        [sys.executable, "-m", "unlearn.cli", *map(str, arguments)], env=env, preexec_fn=hear_ctrl_c, **pipes, **kwargs
+    )
+
+
+def hear_ctrl_c():
+    """A shell starts what runs in the background deaf to it, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finish(process):
