@@ -90,18 +90,18 @@ class RowValues(torch.autograd.Function):
         num_rows = problem.num_rows
         schedule = choose_schedule(problem)
         inputs = (hidden, weight, bias, lora_a, lora_b, targets, ref_hidden, ref_weight)
-        kept: tuple[Tensor | None, ...] = (None, None, None, None)
+        kept: tuple[Tensor | None, ...] = (None, None, None)
         if schedule == "keep":
             e_NV = problem.new_e(num_rows)
             rows = problem.evaluate(0, num_rows, e_NV, problem.scratch(num_rows))
-            kept = (e_NV, rows.target_coeff_C, rows.e_coeff_C, None)
+            kept = (e_NV, rows.target_coeff_C, rows.e_coeff_C)
             value = rows.value_C
         elif schedule == "unscaled":
             value, dhidden = _unscaled(problem)
-            kept = (dhidden, None, None, None)
+            kept = (dhidden, None, None)
         elif schedule == "columns":
             rows, ctx.columns = columns.values(problem)
-            value, kept = rows.value_C, (rows.target_coeff_C, rows.e_coeff_C, rows.offset_C, None)
+            value, kept = rows.value_C, (rows.target_coeff_C, rows.e_coeff_C, rows.offset_C)
         else:
             value = problem.evaluate(0, num_rows, None, problem.scratch(num_rows)).value_C
         ctx.spec, ctx.schedule = spec, schedule
@@ -125,7 +125,7 @@ class RowValues(torch.autograd.Function):
 
 
 def _from_kept(problem: Problem, kept: Any, upstream_N: Tensor) -> tuple[Tensor | None, ...]:
-    e_NV, target_coeff_N, e_coeff_N, _ = kept
+    e_NV, target_coeff_N, e_coeff_N = kept
     rows = Coefficients(upstream_N, target_coeff_N, e_coeff_N).times(upstream_N)
     grads = problem.new_gradients(final=True)
     problem.add_gradients(0, problem.num_rows, e_NV, rows, grads, problem.scratch(problem.num_rows))
@@ -135,7 +135,7 @@ def _from_kept(problem: Problem, kept: Any, upstream_N: Tensor) -> tuple[Tensor 
 def _by_columns(
     problem: Problem, saved: Any, kept: columns.Kept | None, upstream_N: Tensor
 ) -> tuple[Tensor | None, ...]:
-    target_coeff_N, e_coeff_N, offset_N, _ = saved
+    target_coeff_N, e_coeff_N, offset_N = saved
     rows = Coefficients(upstream_N, target_coeff_N, e_coeff_N, offset_N).times(upstream_N)
     return problem.scaled(columns.gradients(problem, rows, kept), None)
 
@@ -234,10 +234,10 @@ class SequenceLoss(torch.autograd.Function):
             ctx.kind, saved = "scale", _buffers(grads)
         elif problem.num_rows <= problem.rows_that_fit():
             e_NV, rows = run.keep()
-            ctx.kind, saved = "keep", (e_NV, rows.target_coeff_C, rows.e_coeff_C, None, None)
+            ctx.kind, saved = "keep", (e_NV, rows.target_coeff_C, rows.e_coeff_C)
         elif columns.applies(problem):
             rows, ctx.columns = run.by_columns()
-            ctx.kind, saved = "columns", (rows.target_coeff_C, rows.e_coeff_C, rows.offset_C, None, None)
+            ctx.kind, saved = "columns", (rows.target_coeff_C, rows.e_coeff_C, rows.offset_C)
         else:
             ctx.kind, saved = "scale", _buffers(run.chunk_by_chunk())
         scores = run.scores()
@@ -255,9 +255,9 @@ class SequenceLoss(torch.autograd.Function):
         with torch.no_grad():
             problem = Problem(hidden, weight, bias, lora_a, lora_b, targets, None, None, ctx.spec)
             if ctx.kind == "keep":
-                gradients = _from_kept(problem, saved[:4], upstream.expand(problem.num_rows))
+                gradients = _from_kept(problem, saved, upstream.expand(problem.num_rows))
             elif ctx.kind == "columns":
-                gradients = _by_columns(problem, saved[:4], ctx.columns, upstream.expand(problem.num_rows))
+                gradients = _by_columns(problem, saved, ctx.columns, upstream.expand(problem.num_rows))
             else:
                 gradients = problem.scaled(Gradients(*saved), upstream)
         return *_once(gradients, upstream, hidden, weight, bias, lora_a, lora_b), None, None, None, None
