@@ -7,13 +7,13 @@ without storing any position but the step number.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from unlearn.config import TrainConfig
-from unlearn.data import Item, Role, Row, Sequence, encode, encode_rows, load_rows, windows
+from unlearn.data import Item, Role, Row, Sequence, encode, encode_rows, load_rows, pack, windows
 from unlearn.methods import METHODS, StepTotals
 from unlearn.sources import TABLES, parse_fields, read, read_lines
 
@@ -155,6 +155,16 @@ def num_steps_per_epoch(data: TrainingSet, config: TrainConfig) -> int:
     if rows == 0:
         raise ValueError(f"{'retain' if config.method == 'finetune' else 'forget'}: holds no rows")
     return -(-rows // config.batch_size)
+
+
+def packs_of(step: Step, max_tokens: int) -> list[list[Sequence]]:
+    """The sequences of each micro-batch of a step, as the training loop packs them."""
+    packs = pack(with_reference(step.groups, {}), max_tokens)
+    return [[item.sequence for group in packed for item in group] for packed in packs]
+
+
+def num_tokens(sequences: Iterable[Sequence]) -> int:
+    return sum(sequence.num_tokens for sequence in sequences)
 
 
 def all_steps(data: TrainingSet, config: TrainConfig) -> list[Step]:

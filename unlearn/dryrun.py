@@ -14,9 +14,9 @@ from typing import Any
 from torch import nn
 
 from unlearn import adapters, reference
-from unlearn.batches import Step, TrainingSet, all_steps, num_steps_per_epoch, with_reference
+from unlearn.batches import Step, TrainingSet, all_steps, num_steps_per_epoch, num_tokens, packs_of
 from unlearn.config import TrainConfig
-from unlearn.data import Role, Sequence, pack
+from unlearn.data import Role, Sequence
 from unlearn.methods import check_config
 from unlearn.model import check_ids
 from unlearn.plan import STATE_BYTES
@@ -107,11 +107,7 @@ def _sets(data: TrainingSet, plan: list[Step]) -> dict[str, Any]:
 
 
 def _steps(config: TrainConfig, data: TrainingSet, plan: list[Step]) -> dict[str, Any]:
-    packs = [
-        sum(item.sequence.num_tokens for group in packed for item in group)
-        for step in plan
-        for packed in pack(with_reference(step.groups, {}), config.max_tokens)
-    ]
+    packs = [num_tokens(packed) for step in plan for packed in packs_of(step, config.max_tokens)]
     return {
         "epochs": config.epochs,
         "per_epoch": num_steps_per_epoch(data, config),

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from unlearn.batches import Step, with_reference
+from unlearn.batches import Step, num_tokens, packs_of
 from unlearn.config import TrainConfig
-from unlearn.data import pack
 from unlearn.memory import is_out_of_memory, resident_mib
 from unlearn.methods import METHODS
 from unlearn.plan import Budget, Load, Measures, Plan, Wanted, choose, make, saturation, shape_of_config
@@ -106,9 +105,8 @@ def _host_layers(config: TrainConfig, layers: int) -> int:
 
 def run_load(config: TrainConfig, steps: list[Step]) -> Load:
     """The run's largest pack, and the most packs that a step takes."""
-    packs = [pack(with_reference(step.groups, {}), config.max_tokens) for step in steps]
-    members = [[item.sequence for group in packed for item in group] for step in packs for packed in step]
-    largest = max(members, key=lambda sequences: sum(s.num_tokens for s in sequences))
+    packs = [packs_of(step, config.max_tokens) for step in steps]
+    largest = max((packed for step in packs for packed in step), key=num_tokens)
     return Load(
         tuple(s.num_tokens for s in largest),
         packs=max(map(len, packs)),

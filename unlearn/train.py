@@ -24,7 +24,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from unlearn import adapters, reference
-from unlearn.batches import Step, TrainingSet, all_steps, num_steps_per_epoch, with_reference
+from unlearn.batches import (
+    Step,
+    TrainingSet,
+    all_steps,
+    num_steps_per_epoch,
+    num_tokens,
+    packs_of,
+    with_reference,
+)
 from unlearn.config import TrainConfig
 from unlearn.data import Item, PackedBatch, Role, Sequence, collate, pack
 from unlearn.forecast import forecast
@@ -443,15 +451,14 @@ def check_packs(plan: list[Step], config: TrainConfig) -> int:
     gradient from one, would need several."""
     longest = 0
     for step in plan:
-        packs = pack(with_reference(step.groups, {}), config.max_tokens)
+        packs = packs_of(step, config.max_tokens)
         if config.optimizer_in_backward and len(packs) > 1:
             raise ValueError(
                 f"optimizer_in_backward: step {step.index + 1} takes {len(packs)} micro-batches of max_tokens"
                 f" {config.max_tokens}, and gradients are not accumulated; more max_tokens or a smaller batch_size is"
                 " accepted"
             )
-        sizes = (sum(item.sequence.num_tokens for group in packed for item in group) for packed in packs)
-        longest = max(longest, *sizes)
+        longest = max(longest, *map(num_tokens, packs))
     return longest
 
 
