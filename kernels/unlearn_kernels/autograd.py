@@ -6,10 +6,11 @@ RowValues serves every per-row value (log-probabilities, KL) under any upstream 
     keep       E of the batch fits the workspace and is kept; both products in the backward: 3 units, 2 with a side
                frozen
     unscaled   it does not, and only hidden wants a gradient: E is used up chunk by chunk into an unscaled dhidden in
-               the forward; the backward is a row scaling: 2 units
-    columns    weights want one too, or nearly all of E fits, and the backend's products are cheap: E of some columns is
-               kept, that of the rest computed again, a slice of the vocabulary at a time, in the backward: 3 to 4
-               units (2.1 with a frozen weight), and each gradient is written once (columns.py)
+               the forward; the backward is a row scaling: 2 units. Chunks of rows, or, where the backend's products are
+               cheap, of more rows and a slice of the vocabulary at a time (columns.StreamedChunks)
+    columns    weights want one too, and the backend's products are cheap: E of some columns is kept, that of the rest
+               computed again, a slice of the vocabulary at a time, in the backward: 3 to 4 units, and each gradient is
+               written once (columns.py)
     recompute  otherwise: E is computed again, chunk by chunk, in the backward: 4 units
 SequenceLoss knows the loss, so chunks of whole groups get their upstream gradient in the forward: 3 units at any size;
 or "columns" as above.
@@ -30,8 +31,8 @@ from torch import Tensor
 from . import columns
 from .backends import BACKENDS
 from .objectives import Objective
-from .options import Needs, Spec
-from .problem import Coefficients, Gradients, Problem
+from .options import ONLY_HIDDEN, Spec
+from .problem import Coefficients, Gradients, Problem, RowChunks
 
 _NO_DOUBLE_BACKWARD = (
     "unlearn_kernels: second derivatives are not available; the gradient of a fused log-likelihood or loss was itself "
@@ -67,7 +68,7 @@ def choose_schedule(problem: Problem) -> str:
         return "keep"
     if columns.applies(problem):
         return "columns"
-    return "unscaled" if needs == Needs(True, False, False, False, False) else "recompute"
+    return "unscaled" if needs == ONLY_HIDDEN else "recompute"
 
 
 class RowValues(torch.autograd.Function):
@@ -140,16 +141,23 @@ def _by_columns(
     return problem.scaled(columns.gradients(problem, rows, kept), None)
 
 
+Chunks = RowChunks | columns.StreamedChunks
+
+
+def _kind_of_chunks(problem: Problem) -> type[RowChunks] | type[columns.StreamedChunks]:
+    return columns.StreamedChunks if columns.StreamedChunks.serves(problem) else RowChunks
+
+
 def _unscaled(problem: Problem) -> tuple[Tensor, Tensor | None]:
     """Values and the gradient of hidden for an upstream gradient of 1, chunk by chunk."""
     grads = problem.new_gradients(final=False)
-    size = even_chunk(problem.num_rows, problem.rows_that_fit())
-    e_CV, scratch = problem.new_e(size), problem.scratch(size)
+    kind = _kind_of_chunks(problem)
+    chunks = kind(problem, even_chunk(problem.num_rows, kind.most(problem)))
     values = []
-    for start in range(0, problem.num_rows, size):
-        stop = min(start + size, problem.num_rows)
-        rows = problem.evaluate(start, stop, e_CV[: stop - start], scratch)
-        problem.add_gradients(start, stop, e_CV[: stop - start], rows, grads, scratch)
+    for start in range(0, problem.num_rows, chunks.size):
+        stop = min(start + chunks.size, problem.num_rows)
+        rows = chunks.evaluate(start, stop)
+        chunks.add_gradients(start, stop, rows, grads)
         values.append(rows.value_C)
     return torch.cat(values), grads.hidden_NH
 
@@ -157,19 +165,16 @@ def _unscaled(problem: Problem) -> tuple[Tensor, Tensor | None]:
 def _recompute(problem: Problem, upstream_N: Tensor) -> tuple[Tensor | None, ...]:
     size = min(even_chunk(problem.num_rows, problem.rows_that_fit()), problem.num_rows)
     grads = problem.new_gradients(final=size == problem.num_rows)
-    add_recomputed(problem, 0, problem.num_rows, upstream_N, grads, problem.new_e(size), problem.scratch(size))
+    add_recomputed(RowChunks(problem, size), 0, problem.num_rows, upstream_N, grads)
     return problem.scaled(grads, None)
 
 
-def add_recomputed(
-    problem: Problem, first: int, last: int, upstream_N: Tensor, grads: Gradients, e_CV: Tensor, scratch: Tensor
-) -> None:
-    """Gradients of rows first:last under a known upstream gradient, in chunks of as many rows as e_CV has."""
-    for start in range(first, last, e_CV.shape[0]):
-        stop = min(start + e_CV.shape[0], last)
-        rows = problem.evaluate(start, stop, e_CV[: stop - start], scratch)
-        rows = rows.times(upstream_N[start:stop])
-        problem.add_gradients(start, stop, e_CV[: stop - start], rows, grads, scratch)
+def add_recomputed(chunks: Chunks, first: int, last: int, upstream_N: Tensor, grads: Gradients) -> None:
+    """Gradients of rows first:last under a known upstream gradient."""
+    for start in range(first, last, chunks.size):
+        stop = min(start + chunks.size, last)
+        rows = chunks.evaluate(start, stop).times(upstream_N[start:stop])
+        chunks.add_gradients(start, stop, rows, grads)
 
 
 class Plan(NamedTuple):
@@ -311,20 +316,21 @@ class _LossRun:
         return e_NV, rows.times(self.score(0, self.index.shape[0], rows.value_C))
 
     def chunk_by_chunk(self) -> Gradients:
-        problem, size = self.problem, self.problem.rows_that_fit()
-        e_CV, scratch = problem.new_e(size), problem.scratch(size)
+        problem = self.problem
+        kind = _kind_of_chunks(problem)
+        chunks = kind(problem, kind.most(problem))
         grads = problem.new_gradients(final=False)
-        for first, last in self.plan.chunks(size):
+        for first, last in self.plan.chunks(chunks.size):
             start, stop = self.plan.boundaries[first], self.plan.boundaries[last]
-            if stop - start <= size:
-                rows = problem.evaluate(start, stop, e_CV[: stop - start], scratch)
+            if stop - start <= chunks.size:
+                rows = chunks.evaluate(start, stop)
                 rows = rows.times(self.score(first, last, rows.value_C))
-                problem.add_gradients(start, stop, e_CV[: stop - start], rows, grads, scratch)
+                chunks.add_gradients(start, stop, rows, grads)
                 continue
-            # A group longer than the workspace: its values first, then its E again, piece by piece (4 units).
-            slope = self.score(first, last, problem.evaluate(start, stop, None, scratch).value_C)
+            # A group longer than the workspace: its values first, then its E again, piece by piece (one unit more).
+            slope = self.score(first, last, chunks.values(start, stop).value_C)
             upstream_N = torch.cat([slope.new_zeros(start), slope])
-            add_recomputed(problem, start, stop, upstream_N, grads, e_CV, scratch)
+            add_recomputed(chunks, start, stop, upstream_N, grads)
         return grads
 
     def gradients_of_active(self) -> Gradients:
@@ -340,9 +346,9 @@ class _LossRun:
             return grads
         part = problem.select(index)
         part_grads = replace(grads, hidden_NH=part.new_gradients(final=False).hidden_NH, accumulate=True)
-        size = min(part.rows_that_fit(), part.num_rows)
-        upstream = torch.repeat_interleave(slope, self.lengths)[index]
-        add_recomputed(part, 0, part.num_rows, upstream, part_grads, part.new_e(size), part.scratch(size))
+        kind = _kind_of_chunks(part)
+        chunks = kind(part, min(kind.most(part), part.num_rows))
+        add_recomputed(chunks, 0, part.num_rows, torch.repeat_interleave(slope, self.lengths)[index], part_grads)
         if grads.hidden_NH is not None:
             grads.hidden_NH[index] = part_grads.hidden_NH
         return grads

@@ -45,6 +45,9 @@ class Needs(NamedTuple):
     lora_b: bool
 
 
+ONLY_HIDDEN = Needs(True, False, False, False, False)
+
+
 class Spec(NamedTuple):
     """Everything about a call that is not a tensor. softcap 0.0 means none."""
 

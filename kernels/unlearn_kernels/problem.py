@@ -273,3 +273,27 @@ class Problem:
             factor = scale if scale.shape[0] == 1 else scale[start : start + block]
             torch.mul(grad[start : start + block], factor, out=out[start : start + block])
         return out
+
+
+class RowChunks:
+    """Chunks of at most `size` rows of a problem, with the memory for their E of the whole vocabulary."""
+
+    @staticmethod
+    def most(problem: Problem) -> int:
+        return problem.rows_that_fit()
+
+    def __init__(self, problem: Problem, size: int) -> None:
+        self.problem, self.size = problem, size
+        self._e_CV, self.scratch = problem.new_e(size), problem.scratch(size)
+
+    def values(self, start: int, stop: int) -> Coefficients:
+        """Of any number of rows, without E."""
+        return self.problem.evaluate(start, stop, None, self.scratch)
+
+    def evaluate(self, start: int, stop: int) -> Coefficients:
+        """Values of rows start:stop; what their gradients need stays until the next call."""
+        return self.problem.evaluate(start, stop, self._e_CV[: stop - start], self.scratch)
+
+    def add_gradients(self, start: int, stop: int, rows: Coefficients, grads: Gradients) -> None:
+        """Of the rows last evaluated, upstream applied: hidden's are written, the others' accumulated."""
+        self.problem.add_gradients(start, stop, self._e_CV[: stop - start], rows, grads, self.scratch)

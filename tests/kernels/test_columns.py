@@ -26,7 +26,6 @@ def small_slices(backend, monkeypatch):
     eager = replace(backends.BACKENDS[backend], prefers_columns=lambda hidden, weight: True)
     monkeypatch.setitem(backends.BACKENDS, backend, eager)
     monkeypatch.setattr(columns, "_FEWEST", 32)
-    monkeypatch.setattr(columns, "_SLICE_BYTES", 1)
 
 
 @pytest.fixture
@@ -117,37 +116,80 @@ def test_each_input_frozen_in_turn(dtype, frozen):
 
 
 def test_what_is_kept_is_not_computed_again(slices):
+    tokens(0.3)(make_case(ROWS, 32, VOCAB, torch.bfloat16)).backward()
+    assert slices == [32, 32, 32, 32, 32, 32, 32, None, 32, 32, 13]
+
+
+@pytest.mark.parametrize("rows", [24, 32])
+def test_all_of_e_is_kept_where_the_gradient_is_as_large(rows, slices):
+    case = make_case(rows, 32, VOCAB, torch.bfloat16)
+    options = uk.Options(workspace_bytes=int(0.3 * VOCAB * rows * 2 / 0.75))
+    (uk.token_logprobs(*case.inputs, **case.head, options=options).double() * case.upstream).sum().backward()
+    assert len(slices) > 2 and None not in slices and sum(slices) == VOCAB
+
+
+def test_e_waits_in_the_memory_of_the_gradient(places):
+    """And the gradient that is returned is that memory, not a copy."""
     case = make_case(ROWS, 32, VOCAB, torch.bfloat16)
-    tokens(0.6)(case).backward()
-    kept, rest, *again = slices
-    assert kept >= 96 and kept % 32 == 0 and rest is None
-    assert kept + sum(again) == VOCAB and len(again) > 1
+    value = tokens(0.3)(case)
+    kept = places[: places.index(None)]
+    value.backward()
+    grad = case.weight.grad
+    first, last = grad.data_ptr(), grad.data_ptr() + grad.nbytes
+    assert [first <= place < last for place in kept] == [True] * (len(kept) - 1) + [False] and len(kept) > 2
+    assert kept[-1] == places[-1]  # what is computed again takes the workspace's
 
 
-@pytest.mark.parametrize("vocab", [301, 280])  # 280: what is not kept would fit one slice, but not what was kept
-@pytest.mark.parametrize("slice_bytes", [1, 1 << 30])
-def test_slices_take_the_memory_of_what_was_kept(slice_bytes, vocab, slices, places, monkeypatch):
-    """So that E never takes more than what fits the workspace."""
-    monkeypatch.setattr(columns, "_SLICE_BYTES", slice_bytes)
+def shapes():
+    """Rows, width, vocabulary and columns of a slice, tight in each way."""
+    for rows, width in ((1, 1), (3, 8), (7, 8), (8, 8), (9, 8), (40, 8), (200, 8)):
+        for vocab, size in ((97, 32), (97, 96), (131, 32), (64, 32), (300, 32), (300, 96), (1000, 288)):
+            yield rows, width, vocab, size
+
+
+def test_no_slice_is_written_over_before_it_is_used(monkeypatch):
+    for rows, width, vocab, size in shapes():
+        monkeypatch.setattr(columns, "_that_fit", lambda problem, *others, size=size: size)
+        case = make_case(rows, width, vocab, torch.float32)
+        options = uk.Options(workspace_bytes=int(0.5 * vocab * rows * 4))
+        value = (uk.token_logprobs(*case.inputs, **case.head, options=options).double() * case.upstream).sum()
+        value.backward()
+        mine, case = case.weight.grad, make_case(rows, width, vocab, torch.float32)
+        tokens_reference(case).backward()
+        torch.testing.assert_close(mine, case.weight.grad, rtol=1e-4, atol=1e-5, msg=str((rows, width, vocab, size)))
+
+
+@pytest.mark.parametrize("vocab", [301, 280])
+def test_e_never_takes_more_than_fits_the_workspace(vocab, slices, places, monkeypatch):
     monkeypatch.setattr(columns, "_that_fit", lambda problem: 155)
-    tokens(0.3)(make_case(ROWS, 32, vocab, torch.bfloat16)).backward()
-    assert slices[0] == 128 and slices[1] is None and max(slices[2:]) <= 128 and sum(slices[2:]) == vocab - 128
-    assert len(slices) > 3 and set(places[2:]) == {places[0]}
+    case = make_case(ROWS, 32, vocab, torch.bfloat16)
+    tokens(0.3)(case).backward()
+    grad = case.weight.grad
+    beyond = [
+        (place, width)
+        for place, width in zip(places, slices, strict=True)
+        if place is not None and not grad.data_ptr() <= place < grad.data_ptr() + grad.nbytes
+    ]
+    assert len(beyond) > 1 and len({place for place, _ in beyond}) == 1 and max(width for _, width in beyond) <= 155
+
+
+def with_a_row_out_of_range(dtype):
+    case = make_case(ROWS, 32, VOCAB, dtype)
+    with torch.no_grad():
+        case.hidden[3] = -70 * case.weight[case.targets[3]] / case.weight[case.targets[3]].square().sum()
+        case.hidden[3] += 70 * case.weight[7] / case.weight[7].square().sum()
+    assert reference.token_logprobs(*case.inputs)[3] < -120
+    return case
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_rows_out_of_range_discard_what_was_kept(dtype, slices):
     """Their E belongs to an offset that they no longer have."""
-    case = make_case(ROWS, 32, VOCAB, dtype)
-    with torch.no_grad():
-        case.hidden[3] = -70 * case.weight[case.targets[3]] / case.weight[case.targets[3]].square().sum()
-        case.hidden[3] += 70 * case.weight[7] / case.weight[7].square().sum()
+    case = with_a_row_out_of_range(dtype)
     check_gradients(case, tokens(0.6), tokens_reference)
-    assert reference.token_logprobs(*case.inputs)[3] < -120
     slices.clear()
     tokens(0.6)(case).backward()
-    kept, rest, *again = slices
-    assert kept is not None and rest is None and sum(filter(None, again)) == VOCAB
+    assert sum(slices[slices.index(None) + 1 :]) == VOCAB
 
 
 def test_a_retained_graph_gives_the_same_gradients_twice():
@@ -158,16 +200,79 @@ def test_a_retained_graph_gives_the_same_gradients_twice():
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("share, fits", [(0.95, True), (0.8, False)])
-def test_hidden_alone_where_nearly_all_of_e_fits(share, fits, slices):
-    case = make_case(ROWS, 32, VOCAB, torch.bfloat16)
-    frozen = ("weight",)
-    check_gradients(case, tokens(share), tokens_reference, frozen=frozen)
-    assert (slices[0] == VOCAB) is not fits and (None in slices) is fits
+# ------------------------------------------------------------------------------------------------------- hidden alone
+
+HIDDEN_ALONE = ("weight", "bias", "lora_a", "lora_b")
 
 
-def test_even_slices_cover_the_vocabulary():
-    for count in (1, 31, 32, 33, 1000, 128256):
-        for at_most in (32, 50, 1024, 200_000):
-            size = columns._even(count, at_most)
-            assert 1 <= size <= at_most and (size % 32 == 0 or size == min(count, at_most))
+def streamed(monkeypatch, rows, count):
+    """Chunks of so many rows, slices of so many columns."""
+    monkeypatch.setattr(columns.StreamedChunks, "most", staticmethod(lambda problem: min(rows, problem.num_rows)))
+    monkeypatch.setattr(columns, "_that_fit", lambda problem, *others: count)
+
+
+@pytest.mark.parametrize("rows, count", [(ROWS, 96), (ROWS, 300), (17, 160), (4, 160)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kernel, true", [(tokens, tokens_reference), (losses, losses_reference)])
+def test_hidden_alone_takes_each_slice_once(dtype, kernel, true, rows, count, slices, monkeypatch):
+    """But where a sequence is longer than a chunk: its values come first."""
+    streamed(monkeypatch, rows, count)
+    case = make_case(ROWS, 32, VOCAB, dtype, parts=ALL_PARTS)
+    check_gradients(case, kernel(0.5), true, frozen=HIDDEN_ALONE)
+    slices.clear()
+    kernel(0.5)(case.like(frozen=HIDDEN_ALONE)).backward()
+    values, used = slices.count(None), [width for width in slices if width is not None]
+    assert sum(used) % VOCAB == 0 and max(used) < VOCAB and (rows < ROWS or sum(used) == VOCAB)
+    assert (values > 0) == (kernel is losses and rows == 4)
+
+
+@pytest.mark.parametrize("count", [96, 300])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_hidden_alone_with_rows_out_of_range(dtype, count, slices, monkeypatch):
+    streamed(monkeypatch, 30, count)
+    case = with_a_row_out_of_range(dtype)
+    with torch.no_grad():
+        for row in (0, 17, 38):
+            case.hidden[row], case.targets[row] = case.hidden[3].clone(), case.targets[3]
+    check_gradients(case, tokens(0.5), tokens_reference, frozen=HIDDEN_ALONE)
+    assert VOCAB in slices  # their E once more, whole
+
+
+def test_not_a_number_stays_in_its_row(monkeypatch):
+    streamed(monkeypatch, ROWS, 96)
+    case = make_case(ROWS, 32, VOCAB, torch.bfloat16).like(frozen=HIDDEN_ALONE)
+    with torch.no_grad():
+        case.hidden[5, 2] = float("nan")
+    tokens(0.5)(case).backward()
+    finite = case.hidden.grad.isfinite().all(1)
+    assert not finite[5] and finite.sum() == ROWS - 1
+
+
+@pytest.mark.parametrize(
+    "frozen, workspace, expected",
+    [
+        (HIDDEN_ALONE, 48 << 10, 40),
+        (HIDDEN_ALONE, 16 << 10, 32),  # a quarter of it are the sums of 32 rows of 32
+        (HIDDEN_ALONE, 256, None),  # no row's
+        (("hidden",), 16 << 10, None),
+        ((), 16 << 10, None),
+    ],
+)
+def test_where_hidden_alone_is_streamed(frozen, workspace, expected, monkeypatch):
+    """Chunks of rows serve the rest."""
+    sizes = []
+    init = columns.StreamedChunks.__init__
+    monkeypatch.setattr(
+        columns.StreamedChunks, "__init__", lambda self, *args: sizes.append(args[1]) or init(self, *args)
+    )
+    monkeypatch.setattr(columns, "applies", lambda problem: False)
+    case = make_case(ROWS, 32, VOCAB, torch.float32).like(frozen=frozen)
+    options = uk.Options(workspace_bytes=workspace)
+    uk.sequence_loss(*case.packed, squares, options=options).loss.backward()
+    assert sizes == ([] if expected is None else [expected])
+
+
+def test_a_slice_is_an_odd_number_of_lines():
+    for count in (1, 31, 32, 33, 64, 95, 96, 1000, 128256):
+        size = columns._odd_lines(count)
+        assert 1 <= size <= count and (size == count or size // 32 % 2 == 1 and size % 32 == 0) and size + 64 > count
