@@ -104,8 +104,8 @@ def _slices(problem: Problem) -> Slices:
         return Slices(0, 0, size)
     if not problem.spec.needs.weight:
         return Slices(0, size, size)
-    # E of c columns ends where the gradient ends. The slice from column a on begins (c - a) N before that end, and is used
-    # while rows a to a + size are written: (c - a) N <= (V - a - size) H, for a = 0 and for a = c.
+    # E of c columns ends where the gradient ends. The slice from column a on begins (c - a) N before that end, and is
+    # used while rows a to a + size are written: (c - a) N <= (V - a - size) H, for a = 0 and for a = c.
     most = (vocab - size) * min(width, num_rows) // num_rows
     return Slices(most if most == vocab - size else most // _LINE * _LINE, size, size)
 

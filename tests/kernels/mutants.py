@@ -92,9 +92,30 @@ MUTANTS = (
     Mutant(
         "last chunk of rows unwritten",
         "autograd.py",
-        "for start in range(first, last, e_CV.shape[0]):",
-        "for start in range(first, last - e_CV.shape[0], e_CV.shape[0]):",
+        "for start in range(first, last, chunks.size):",
+        "for start in range(first, last - chunks.size, chunks.size):",
         (f"{GRADIENTS}::test_trained_head",),
+    ),
+    Mutant(
+        "a slice of E is written over before it is used",
+        "columns.py",
+        "(vocab - size) * min(width, num_rows) // num_rows",
+        "(vocab - size // 2) * min(width, num_rows) // num_rows",
+        (f"{COLUMNS}::test_no_slice_is_written_over_before_it_is_used",),
+    ),
+    Mutant(
+        "streamed rows out of range keep their sums",
+        "columns.py",
+        "            total[index] = corrected",
+        "            pass",
+        (f"{COLUMNS}::test_hidden_alone_with_rows_out_of_range",),
+    ),
+    Mutant(
+        "a second backward finds E written over",
+        "columns.py",
+        "        self.e_NS, self.weight_grad_VH = {}, None\n",
+        "",
+        (f"{COLUMNS}::test_a_retained_graph_gives_the_same_gradients_twice",),
     ),
     Mutant(
         "last vocabulary tile unwritten",
