@@ -23,6 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "kernels" / "unlearn_kernels"
 
 GRADIENTS, LOSS, LOGPROBS = "test_gradients.py", "test_sequence_loss.py", "test_logprobs.py"
+COLUMNS = "test_columns.py"
 DISTRIBUTIONS, MEMORY, PACK = "test_distributions.py", "test_memory.py", "test_pack_labels.py"
 
 MUTANTS = (
