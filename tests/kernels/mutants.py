@@ -112,7 +112,7 @@ MUTANTS = (
         (f"{COLUMNS}::test_hidden_alone_with_rows_out_of_range",),
     ),
     Mutant(
-        "a second backward finds E written over",
+        "a second backward writes into the first one's gradient",
         "columns.py",
         "        self.e_NS, self.weight_grad_VH = {}, None\n",
         "",
@@ -163,8 +163,8 @@ MUTANTS = (
     Mutant(
         "recomputed chunks take the first chunk's upstream gradient",
         "autograd.py",
-        "rows.times(upstream_N[start:stop])",
-        "rows.times(upstream_N[: stop - start])",
+        ".times(upstream_N[start:stop])",
+        ".times(upstream_N[: stop - start])",
         (f"{GRADIENTS}::test_trained_head",),
     ),
     Mutant(
