@@ -33,7 +33,9 @@ from bench.timing import release
 from unlearn import plan as planning
 from unlearn.config import TrainConfig
 from unlearn.data import Sequence
-from unlearn.plan import Budget, Load, Measures, Plan, Shape, Wanted
+from unlearn.measures import GIB, Load, Measures
+from unlearn.plan import Budget, Plan, Wanted
+from unlearn.shapes import Shape
 from unlearn_kernels import Options
 
 K = 1024
@@ -204,7 +206,7 @@ def outcome(row: Fields) -> str:
         return row.get("failed") or f"REFUSED: loss {row['loss']}, gradient norm {row['grad_norm']}"
     return (
         f"{row['seconds']:.2f} s, {row['allocated_mib'] / 1024:.2f} GiB allocated,"
-        f" {row['planned']['total_bytes'] / planning.GIB:.2f} planned"
+        f" {row['planned']['total_bytes'] / GIB:.2f} planned"
     )
 
 

@@ -12,12 +12,11 @@ from bench.gpu_attention import Flex, Inputs, Provider, ours, truth_of
 from bench.gpu_context import Bench
 from bench.rows import RowFile, read
 from bench.timing import Budget
-from unlearn import plan as planning
+from unlearn.measures import GIB
 from unlearn.model import check_head
 
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--backend", "torch", "--tiny"]
-GIB = planning.GIB
 SHARED = ("commit", "source", "dirty", "device", "torch", "triton", "transformers")
 
 

@@ -1,5 +1,6 @@
 """What a run says about its memory before its first step and after its last, and what it warns of."""
 
+import dataclasses
 import functools
 import re
 
@@ -7,10 +8,12 @@ import pytest
 import torch
 
 from tests.test_train import make_config, make_data, make_model, run
-from unlearn import plan
+from unlearn import plan, shapes
 from unlearn.batches import epoch_steps
 from unlearn.forecast import Forecast, forecast, run_load
-from unlearn.plan import SHAPES, Budget, Load, Measures
+from unlearn.measures import Load, Measures
+from unlearn.plan import Budget
+from unlearn.shapes import SHAPES
 
 
 def steps_of(config):
@@ -47,7 +50,7 @@ def test_kl_keeps_the_references_head(tmp_path):
     assert load.reference_head
     shape, budget = SHAPES["llama-2-7b"], Budget(None)
     with_head, without = (
-        plan.make(shape, plan.replace(load, reference_head=kept), Measures(), budget) for kept in (True, False)
+        plan.make(shape, dataclasses.replace(load, reference_head=kept), Measures(), budget) for kept in (True, False)
     )
     assert with_head.total - without.total == 2 * shape.head_params
 
@@ -62,7 +65,7 @@ def test_saturation_is_warned_of_where_log_likelihoods_are_summed(tmp_path, meth
 
 
 def test_a_model_without_a_plan_trains_all_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "MODEL_TYPES", ("mistral",))
+    monkeypatch.setattr(shapes, "MODEL_TYPES", ("mistral",))
     said = []
     run(make_config(tmp_path, epochs=1, warmup_epochs=0.0), say=said.append)
     assert said[0] == "memory plan: none (model: LlamaForCausalLM is of type 'llama'; plans exist for mistral)"

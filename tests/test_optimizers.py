@@ -11,8 +11,8 @@ from tests.tiny import tiny_llama
 from unlearn import optimizers
 from unlearn.attention import Segments
 from unlearn.config import OPTIMIZERS, TrainConfig
+from unlearn.measures import STATE_BYTES
 from unlearn.optimizers import InBackward, bytes_to_come, gradient_norm, make_optimizer, set_lr, tensor_norm
-from unlearn.plan import STATE_BYTES
 
 
 def config(**values):

@@ -17,9 +17,9 @@ from unlearn import adapters, reference
 from unlearn.batches import Step, TrainingSet, all_steps, num_steps_per_epoch, num_tokens, packs_of
 from unlearn.config import TrainConfig
 from unlearn.data import Role, Sequence
+from unlearn.measures import STATE_BYTES
 from unlearn.methods import check_config
 from unlearn.model import check_ids
-from unlearn.plan import STATE_BYTES
 from unlearn.runfiles import METRICS_FILE
 from unlearn.scoring import unique
 from unlearn.train import check_packs, learning_rates, reference_sequences

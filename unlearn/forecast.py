@@ -11,9 +11,12 @@ from torch import nn
 
 from unlearn.batches import Step, num_tokens, packs_of
 from unlearn.config import TrainConfig
+from unlearn.measures import Load, Measures
 from unlearn.memory import is_out_of_memory, resident_mib
 from unlearn.methods import METHODS
-from unlearn.plan import Budget, Load, Measures, Plan, Wanted, choose, make, saturation, shape_of_config
+from unlearn.plan import Budget, Plan, Wanted, choose, make
+from unlearn.saturation import saturation
+from unlearn.shapes import shape_of_config
 from unlearn_kernels import Options
 
 MIB = 1 << 20

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from unlearn.config import TrainConfig
+from unlearn.measures import STATE_BYTES
 from unlearn.optim import AdamWSR, restore_states, round_stochastically_
-from unlearn.plan import STATE_BYTES
 
 
 def make_optimizer(config: TrainConfig, weights: Iterable[Tensor]) -> torch.optim.Optimizer:

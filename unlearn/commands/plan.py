@@ -10,29 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from unlearn.commands.common import loading, positive, quiet_transformers
-from unlearn.plan import (
-    GIB,
-    IN_BACKWARD,
-    MEASURES,
-    MOMENTS,
-    MOST,
-    OPTIMIZERS,
-    PARTS,
-    RATES,
-    SHAPES,
-    STATE_BYTES,
-    Budget,
-    Load,
-    Plan,
-    Shape,
-    Wanted,
-    choose,
-    longest_context,
-    rates_for,
-    remedies,
-    saturation,
-    shape_of_config,
-)
+from unlearn.measures import GIB, IN_BACKWARD, MEASURES, STATE_BYTES, Load
+from unlearn.plan import MOMENTS, MOST, OPTIMIZERS, PARTS, Budget, Plan, Wanted, choose, longest_context, remedies
+from unlearn.rates import RATES, rates_for
+from unlearn.saturation import saturation
+from unlearn.shapes import SHAPES, Shape, shape_of_config
 
 _UNITS = {"": GIB, "GIB": GIB, "G": GIB, "GB": 10**9, "MIB": 1 << 20, "TIB": 1 << 40}
 _TITLES = {
