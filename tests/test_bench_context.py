@@ -106,7 +106,7 @@ def test_a_rung_of_another_gradient_is_refused(tmp_path, monkeypatch):
 rungs = gpu_context.rungs
 
 
-def out_of_memory(calls, allowed):
+def out_of_memory(calls, allowed, error):
     """Ours.step that is out of memory from call number `allowed` on, until it was once."""
     step = steps.Ours.step
 
@@ -114,7 +114,7 @@ def out_of_memory(calls, allowed):
         calls.append(type(self).__name__)
         if len(calls) == allowed:
             optimizer.state[optimizer.param_groups[0]["params"][0]] = {"step": 1}  # half made
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40 GiB.\nmore lines")
+            raise error
         return step(self, optimizer, *arguments)
 
     return limited
@@ -122,15 +122,20 @@ def out_of_memory(calls, allowed):
 
 def test_a_case_out_of_memory_is_a_row_and_the_next_one_runs(tmp_path, monkeypatch):
     """The plain loop's is what the part shows, ours is a failure where the plan saw it fit."""
-    for allowed, name, status in ((1, "plain loop, full logits", 0), (4, "+ this project's loss and packing", 1)):
-        monkeypatch.setattr(steps.Ours, "step", out_of_memory([], allowed))
+    gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40 GiB.\nmore lines")
+    host = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    for allowed, name, status, error in (
+        (1, "plain loop, full logits", 0, gpu),
+        (4, "+ this project's loss and packing", 1, host),
+    ):
+        monkeypatch.setattr(steps.Ours, "step", out_of_memory([], allowed, error))
         monkeypatch.setattr(gpu_context, "rungs", lambda *a: list(rungs(*a))[:3])
         assert run_part(tmp_path, "train-d") == status
         monkeypatch.undo()
         rows = rows_of(tmp_path, "train-d", "rung")
         (lost,) = [row for row in rows if "failed" in row]
         assert lost["rung"] == name and lost["out_of_memory"] and len(rows) == 6
-        assert lost["failed"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 40 GiB."
+        assert lost["failed"] == f"{type(error).__name__}: {str(error).splitlines()[0]}"
         assert read("gpu_train-d", tmp_path)[-1]["failed"] == status
         assert "out of memory" in gpu_summary.summary(tmp_path, ["train-d"])
 
@@ -208,7 +213,7 @@ def test_settings_follow_the_plan_and_then_leaner_ones(tmp_path, gib, optimizers
     configs = [bench.config(plan.on) for plan in found]
     assert [config.optimizer for config in configs] == optimizers
     assert all(config.tile_tokens == 4096 and not config.gradient_checkpointing for config in configs)
-    assert configs[0].offload_checkpoints == (str(found[0].on.host_layers) if found[0].on.host_layers else None)
+    assert configs[0].offload_checkpoints == (str(found[0].on.host_layers))
     assert {config.offload_checkpoints for config in configs[1:]} == {"32"}
     assert [plan.on.optimizer for plan in found] == optimizers
 

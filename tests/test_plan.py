@@ -16,12 +16,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.test_tiled import held
 from unlearn import attention, cli, plan
 from unlearn.commands.plan import find_shape
 from unlearn.config import TrainConfig
 from unlearn.data import PackedBatch, Role
 from unlearn.footprint import weight_bytes
-from unlearn.measures import GIB, MEASURES, Load, Measures
+from unlearn.measures import GIB, MEASURES, Load, Measure, Measures
 from unlearn.memory import LiveStorages
 from unlearn.methods import StepTotals, batch_loss
 from unlearn.model import head_of, hidden_states
@@ -361,6 +362,24 @@ def test_stepping_in_the_backward_takes_the_whole_step_in_one_pack():
     assert made.part("gradients") == 2 * EIGHT.head_params
 
 
+def test_kept_attention_is_what_tiles_keep():
+    """Against tests/test_tiled.py's count of live bytes, in units of 8 N H; its logsumexp is float64, 0.125 of them."""
+    shape, u = (
+        dataclasses.replace(SHAPES["llama-2-7b"], hidden=32, layers=4, heads=4, kv_heads=4, head_dim=8),
+        8 * 256 * 32,
+    )
+    plain, kept = (
+        plan.make(shape, Load((256,)), Measures(True, True, itemsize=8, save_attention=save), Budget(None))
+        for save in (False, True)
+    )
+    counted = held(256, layers=4, save_attention=True)[0] - held(256, layers=4)[0]
+    of_head, of_top, of_bottom = (
+        (kept.moment_total(moment) - plain.moment_total(moment)) / u for moment in ("head", "top layer", "bottom layer")
+    )
+    assert of_head == pytest.approx(counted - 4 * 0.125 / 2, abs=0.1)
+    assert (of_top, of_bottom) == (pytest.approx(of_head * 3 / 4), 0) and kept.seconds < plain.seconds
+
+
 def test_static_sizes_of_published_models():
     """GiB by hand: 8.030e9 weights of 2 bytes, their gradients, 8 bytes of states; 2 + 1/32 bytes of 8-bit ones."""
     made = plan.make(EIGHT, Load((1024,), 2), Measures(), H200)
@@ -429,7 +448,7 @@ def test_json_stands_alone_and_adds_up(capsys):
     assert found["longest_context"] >= found["longest_context_built"] >= 131072
 
 
-def test_the_table_says_what_would_fit(capsys):
+def test_the_table_says_what_would_fit(capsys, monkeypatch):
     status, printed = run(capsys, "--model", "llama-3.1-8b", "--context", "131072", "--gpu-memory", "24GB")
     assert status == 0
     for text in (
@@ -440,8 +459,11 @@ def test_the_table_says_what_would_fit(capsys):
         "s a step on rtx4090",
     ):
         assert text in printed.out
+    assert "as options of `unlearn train`: --max-tokens 131072 --tile-tokens 4096 --offload-ch" in printed.out
+    monkeypatch.setitem(MEASURES, "adamw-bf16", Measure("not here", False))
     asked = ("--model", "llama-3.1-8b", "--context", "8k", "--gpu-memory", "24GB", "--optimizer", "adamw-bf16")
-    assert "adamw-bf16 (not built)" in run(capsys, *asked)[1].out
+    out = run(capsys, *asked)[1].out
+    assert "adamw-bf16 (not built)" in out and "as options" not in out
 
 
 def test_without_a_context_the_longest_is_planned(capsys):
@@ -464,12 +486,14 @@ def test_without_a_context_the_longest_is_planned(capsys):
         (["--dtype", "float32", "--optimizer", "adamw8bit"], "dtype: float32"),
         (["--context", "64k", "--max-tokens", "32k"], "max-tokens: 32768 is below the context of 65536"),
         (["--drift", "0"], "drift: 0.0 is not accepted"),
+        (["--tile-tokens", "-1"], "tile_tokens: -1 is not accepted"),
+        (["--gradient-checkpointing", "--offload-checkpoints", "33"], "33 is not accepted; 0 to 32 layers are"),
     ],
 )
 def test_refusals_take_one_line(capsys, options, said):
     defaults = {"--model": "llama-2-7b", "--gpu-memory": "80"}
-    given = dict(zip(options[::2], options[1::2], strict=True))
-    arguments = [text for pair in (defaults | given).items() for text in pair]
+    rest = [text for name, value in defaults.items() if name not in options for text in (name, value)]
+    arguments = [*rest, *options]
     status, printed = run(capsys, *arguments)
     assert status == 2 and printed.out == ""
     assert said in printed.err and printed.err.count("\n") == 1

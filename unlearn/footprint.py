@@ -50,9 +50,8 @@ def gradient_bytes(shape: Shape, on: Measures) -> float:
 
 
 def state_bytes(shape: Shape, on: Measures) -> float:
-    """float32 weights keep float32 states."""
-    per_weight = 2 * FLOAT32 if on.itemsize == FLOAT32 else STATE_BYTES[on.optimizer]
-    return per_weight * trained_params(shape, on)
+    """By the optimizer alone: states have their own dtype, whatever the weights'."""
+    return float(STATE_BYTES[on.optimizer] * trained_params(shape, on))
 
 
 def update_bytes(on: Measures, largest: int) -> float:
@@ -121,6 +120,11 @@ def _tiled_layer_bytes(shape: Shape, tokens: int, on: Measures) -> float:
 def checkpoint_bytes(shape: Shape, tokens: int, on: Measures) -> float:
     """bTH for each layer's input, wherever it waits."""
     return float(on.itemsize * tokens * shape.hidden)
+
+
+def kept_attention_bytes(shape: Shape, tokens: int, on: Measures) -> float:
+    """Each layer's attention output and logsumexp where they wait for its backward, on the GPU: T (bQ + f heads)."""
+    return float(tokens * (on.itemsize * shape.q_width + FLOAT32 * shape.heads)) if on.save_attention else 0.0
 
 
 def resident_checkpoints(shape: Shape, on: Measures) -> dict[str, int]:

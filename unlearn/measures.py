@@ -18,9 +18,10 @@ class Measure:
 MEASURES = {
     "checkpointing": Measure("each layer recomputed in the backward (--gradient-checkpointing)", True),
     "tiled layers": Measure("everything but the attention in tiles of tokens (--tile-tokens)", True),
+    "attention kept": Measure("with tiles, attention outputs stay; only where asked for (--save-attention)", True),
     "checkpoints on host": Measure("layers' inputs wait in pinned host memory (--offload-checkpoints)", True),
     "adamw": Measure("AdamW, float32 states, bf16 weights rounded stochastically", True),
-    "adamw-bf16": Measure("the same with bf16 states (unlearn.optim has them, no option yet)", False),
+    "adamw-bf16": Measure("the same with bf16 states (--optimizer adamw-bf16)", True),
     "adamw8bit": Measure("8-bit states in blocks of 256 (--optimizer adamw8bit)", True),
     "adafactor": Measure("row and column sums for states (--optimizer adafactor); planned only where asked for", True),
     "step in backward": Measure("a weight is stepped once its gradient is there (--optimizer-in-backward)", True),
@@ -34,8 +35,8 @@ IN_BACKWARD = "-in-backward"
 
 @dataclass(frozen=True)
 class Measures:
-    """What is switched on. host_layers: how many layers' checkpoints wait on the host; adapter: None, lora or qlora of
-    rank `rank`; itemsize: bytes of a weight and an activation."""
+    """What is switched on. save_attention: with tiles; host_layers: how many layers' checkpoints wait on the host;
+    adapter: None, lora or qlora of rank `rank`; itemsize: bytes of a weight and an activation."""
 
     checkpointing: bool = False
     tiled: bool = False
@@ -46,10 +47,16 @@ class Measures:
     rank: int = 0
     itemsize: int = 2
     tile_tokens: int = 4096
+    save_attention: bool = False
 
     def names(self) -> tuple[str, ...]:
         """The keys of MEASURES that are on."""
-        on = {"checkpointing": self.checkpointing, "tiled layers": self.tiled, "checkpoints on host": self.host_layers}
+        on = {
+            "checkpointing": self.checkpointing,
+            "tiled layers": self.tiled,
+            "attention kept": self.save_attention,
+            "checkpoints on host": self.host_layers,
+        }
         return (
             *(name for name, switched in on.items() if switched),
             self.optimizer,
@@ -65,12 +72,14 @@ class Measures:
 @dataclass(frozen=True)
 class Load:
     """What one optimizer step feeds: the fed tokens of each sequence of its largest pack, how many packs (micro-batches
-    whose gradients add up), the pack's answer tokens (None: every token), and whether KL keeps a reference head."""
+    whose gradients add up), the pack's answer tokens (None: every token), whether KL keeps a reference head, and
+    whether a token budget fixes the packs, so that a step in the backward cannot have them in one."""
 
     lengths: tuple[int, ...]
     packs: int = 1
     answers: int | None = None
     reference_head: bool = False
+    fixed: bool = False
 
     @property
     def tokens(self) -> int:

@@ -22,6 +22,7 @@ from unlearn.footprint import (
     gradient_bytes,
     head_bytes,
     head_gradient_bytes,
+    kept_attention_bytes,
     largest_matrix,
     layer_bytes,
     resident_checkpoints,
@@ -132,6 +133,9 @@ def make(shape: Shape, load: Load, on: Measures, budget: Budget) -> Plan:
     added_up = load.packs > 1 or on.in_backward  # gradients wait for the packs to come, or never do
     one, layer = checkpoint_bytes(shape, tokens, on), layer_bytes(shape, load, on)
     waiting = {moment: count * one for moment, count in resident_checkpoints(shape, on).items()}
+    kept = kept_attention_bytes(shape, tokens, on)
+    waiting["head"] += shape.layers * kept
+    waiting["top layer"] += (shape.layers - 1) * kept  # the layer at work counts its own among what it works with
     if not on.checkpointing:  # what every layer saved, but the one at work
         saved = tokens * saved_bytes_per_token(shape, on, mixed=load.mixed)
         waiting = {"head": shape.layers * saved, "top layer": (shape.layers - 1) * saved, "bottom layer": 0.0}
@@ -169,18 +173,62 @@ def make(shape: Shape, load: Load, on: Measures, budget: Budget) -> Plan:
     return Plan(shape, load, on, budget, moments, on.host_layers * one, step_seconds(shape, load, on, budget.rates))
 
 
-def ladder(shape: Shape, load: Load, on: Measures, budget: Budget, *, optimizers: tuple[str, ...]) -> Iterator[Plan]:
+OPTIMIZERS = ("adamw", "adamw8bit", "adamw8bit" + IN_BACKWARD)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked for; what is None goes by need.
+
+    optimizer: one of STATE_BYTES, with IN_BACKWARD behind it or not; None to go through `optimizers`. adapter: none,
+    lora or qlora, only where asked for. checkpointing: False keeps tiles off too, which recompute; tile_tokens: 0 for
+    no tiles; host_layers: 0 for none. built_only: leave out what `unlearn train` cannot do.
+    """
+
+    optimizer: str | None = None
+    optimizers: tuple[str, ...] = OPTIMIZERS
+    adapter: str | None = None
+    rank: int = 16
+    itemsize: int = 2
+    checkpointing: bool | None = None
+    tile_tokens: int | None = None
+    save_attention: bool = False
+    host_layers: int | None = None
+    built_only: bool = False
+
+    def ways(self, on: Measures) -> list[Measures]:
+        """`on` with each way to recompute that is left open, in order: not at all, whole layers, tiles."""
+        whole = replace(on, checkpointing=True)
+        tile_tokens = self.tile_tokens or on.tile_tokens
+        tiled = replace(whole, tiled=True, tile_tokens=tile_tokens, save_attention=self.save_attention)
+        if self.tile_tokens:
+            return [tiled]
+        if self.checkpointing is False:
+            return [on]
+        found = [whole] if self.checkpointing or self.host_layers else [on, whole]
+        return found if self.tile_tokens == 0 else [*found, tiled]
+
+
+def ladder(shape: Shape, load: Load, budget: Budget, wanted: Wanted) -> Iterator[Plan]:
     """Plans in the order in which measures are engaged: recompute, tile, send checkpoints to the host (as few layers as
     will do), then the next optimizer."""
-    for optimizer in optimizers:
+    optimizers = wanted.optimizers[:1] if wanted.adapter else wanted.optimizers
+    if load.fixed and load.packs > 1:  # gradients to add up, unless nothing else will do
+        optimizers = tuple(name for name in optimizers if not name.endswith(IN_BACKWARD)) or optimizers
+    for optimizer in (wanted.optimizer,) if wanted.optimizer else optimizers:
         name = optimizer.removesuffix(IN_BACKWARD)
-        start = replace(on, optimizer=name, in_backward=name != optimizer)
-        if not start.checkpointing:
-            yield make(shape, load, start, budget)
-        yield make(shape, load, replace(start, checkpointing=True), budget)
-        tiled = replace(start, checkpointing=True, tiled=True)
-        yield make(shape, load, tiled, budget)
-        yield _fewest_on_host(shape, load, tiled, budget)
+        start = Measures(
+            optimizer=name,
+            in_backward=name != optimizer,
+            adapter=wanted.adapter,
+            rank=wanted.rank if wanted.adapter else 0,
+            itemsize=wanted.itemsize,
+        )
+        ways = wanted.ways(start)
+        for on in ways:
+            yield make(shape, load, replace(on, host_layers=wanted.host_layers or 0), budget)
+        if wanted.host_layers is None and ways[-1].checkpointing:
+            yield _fewest_on_host(shape, load, ways[-1], budget)
 
 
 def _fewest_on_host(shape: Shape, load: Load, on: Measures, budget: Budget) -> Plan:
@@ -193,27 +241,10 @@ def _fewest_on_host(shape: Shape, load: Load, on: Measures, budget: Budget) -> P
     return make(shape, load, replace(on, host_layers=low), budget)
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """optimizer: one of STATE_BYTES, with IN_BACKWARD behind it or not; None to go through OPTIMIZERS by need.
-    adapter: None, lora or qlora, only where asked for; built_only: leave out what `unlearn train` cannot do."""
-
-    optimizer: str | None = None
-    adapter: str | None = None
-    rank: int = 16
-    itemsize: int = 2
-    built_only: bool = False
-
-
-OPTIMIZERS = ("adamw", "adamw8bit", "adamw8bit" + IN_BACKWARD)
-
-
 def choose(shape: Shape, load: Load, budget: Budget, wanted: Wanted) -> Plan:
     """The first plan of the ladder that fits; where none does, the one that lacks least."""
-    on = Measures(adapter=wanted.adapter, rank=wanted.rank if wanted.adapter else 0, itemsize=wanted.itemsize)
-    optimizers = (wanted.optimizer,) if wanted.optimizer else OPTIMIZERS[:1] if wanted.adapter else OPTIMIZERS
     plans = []
-    for plan in ladder(shape, load, on, budget, optimizers=optimizers):
+    for plan in ladder(shape, load, budget, wanted):
         if wanted.built_only and plan.on.not_built():
             continue
         if plan.fits:
@@ -257,13 +288,12 @@ def remedies(plan: Plan, load: Callable[[int], Load], wanted: Wanted) -> list[st
         if wanted.adapter not in (adapter, "qlora"):
             other = choose(shape, load(context), budget, replace(wanted, adapter=adapter, optimizer=None))
             if other.fits:
-                built = "" if not other.on.not_built() else f" ({', '.join(other.on.not_built())}: not built yet)"
-                found.append(f"{adapter} of rank {wanted.rank}{built}")
+                found.append(f"{adapter} of rank {wanted.rank}{_unbuilt(other)}")
                 break
     if wanted.optimizer is None and wanted.adapter is None:
         other = choose(shape, load(context), budget, replace(wanted, optimizer="adafactor" + IN_BACKWARD))
         if other.fits:
-            found.append(f"--optimizer adafactor{IN_BACKWARD} ({', '.join(other.on.not_built())}: not built yet)")
+            found.append(f"--optimizer adafactor{IN_BACKWARD}{_unbuilt(other)}")
     longest = longest_context(shape, load, budget, wanted)
     if longest:
         found.append(f"a context of at most {longest} tokens")
@@ -272,3 +302,8 @@ def remedies(plan: Plan, load: Callable[[int], Load], wanted: Wanted) -> list[st
     unlimited = choose(shape, load(context), replace(budget, gpu=0.0), wanted)
     found.append(f"a GPU of {math.ceil((unlimited.total + unlimited.reserve) / GIB)} GiB")
     return found
+
+
+def _unbuilt(plan: Plan) -> str:
+    names = plan.on.not_built()
+    return f" ({', '.join(names)}: not built yet)" if names else ""

@@ -47,8 +47,9 @@ def step_seconds(shape: Shape, load: Load, on: Measures, rates: Rates) -> float:
     """Predicted seconds of an optimizer step: FLOP over rates, nothing overlapped, attention with its causal half.
 
     A token through P weights costs 2P; gradients 4P more (2P where weights are frozen), recomputing 2P, tiles 2P of
-    q, k, v again. Attention costs 2 T^2 Q forward, 2.5 times that backward. The head takes 4 of 2NHV, 3 frozen: a
-    document longer than the workspace computes E twice. AdamW's unfused passes move 150 bytes a weight.
+    q, k, v again. Attention costs 2 T^2 Q forward, 2.5 times that backward; where it is kept it is not recomputed. The
+    head takes 4 of 2NHV, 3 frozen: a document longer than the workspace computes E twice. AdamW's unfused passes move
+    150 bytes a weight.
     """
     frozen = on.adapter is not None
     weights = shape.layer_matmul_params * shape.layers
@@ -58,7 +59,8 @@ def step_seconds(shape: Shape, load: Load, on: Measures, rates: Rates) -> float:
         linear += 2.0 * shape.layers * sum(x * y for x, y in shape.linears[:3]) * load.tokens
     linear += (3 if frozen else 4) * 2.0 * load.rows * shape.head_params
     scores = sum(2.0 * length**2 * shape.q_width * shape.layers for length in load.lengths)
-    attention = scores * ((1 + on.checkpointing) / rates.attention_forward + 2.5 / rates.attention_backward)
+    forwards = 1 + (on.checkpointing and not on.save_attention)
+    attention = scores * (forwards / rates.attention_forward + 2.5 / rates.attention_backward)
     moved = 2 * on.host_layers * checkpoint_bytes(shape, load.tokens, on) / (rates.host * 1e9)
     pack = (linear / rates.linear + attention) / 1e12 + moved
     return load.packs * pack + 150 * trained_params(shape, on) / (rates.memory * 1e12)
