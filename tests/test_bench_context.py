@@ -106,7 +106,11 @@ def test_a_rung_of_another_gradient_is_refused(tmp_path, monkeypatch):
 rungs = gpu_context.rungs
 
 
-def out_of_memory(calls, allowed, error):
+GPU_FULL = (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 40 GiB.\nmore lines")
+HOST_FULL = (RuntimeError, "DefaultCPUAllocator: can't allocate memory")
+
+
+def out_of_memory(calls, allowed, error=GPU_FULL):
     """Ours.step that is out of memory from call number `allowed` on, until it was once."""
     step = steps.Ours.step
 
@@ -114,7 +118,7 @@ def out_of_memory(calls, allowed, error):
         calls.append(type(self).__name__)
         if len(calls) == allowed:
             optimizer.state[optimizer.param_groups[0]["params"][0]] = {"step": 1}  # half made
-            raise error
+            raise error[0](error[1])
         return step(self, optimizer, *arguments)
 
     return limited
@@ -122,11 +126,9 @@ def out_of_memory(calls, allowed, error):
 
 def test_a_case_out_of_memory_is_a_row_and_the_next_one_runs(tmp_path, monkeypatch):
     """The plain loop's is what the part shows, ours is a failure where the plan saw it fit."""
-    gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40 GiB.\nmore lines")
-    host = RuntimeError("DefaultCPUAllocator: can't allocate memory")
     for allowed, name, status, error in (
-        (1, "plain loop, full logits", 0, gpu),
-        (4, "+ this project's loss and packing", 1, host),
+        (1, "plain loop, full logits", 0, GPU_FULL),
+        (4, "+ this project's loss and packing", 1, HOST_FULL),
     ):
         monkeypatch.setattr(steps.Ours, "step", out_of_memory([], allowed, error))
         monkeypatch.setattr(gpu_context, "rungs", lambda *a: list(rungs(*a))[:3])
@@ -135,7 +137,7 @@ def test_a_case_out_of_memory_is_a_row_and_the_next_one_runs(tmp_path, monkeypat
         rows = rows_of(tmp_path, "train-d", "rung")
         (lost,) = [row for row in rows if "failed" in row]
         assert lost["rung"] == name and lost["out_of_memory"] and len(rows) == 6
-        assert lost["failed"] == f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        assert lost["failed"] == f"{error[0].__name__}: {error[1].splitlines()[0]}"
         assert read("gpu_train-d", tmp_path)[-1]["failed"] == status
         assert "out of memory" in gpu_summary.summary(tmp_path, ["train-d"])
 
