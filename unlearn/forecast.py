@@ -54,7 +54,8 @@ class Forecast:
             f" ({plan.peak_moment}: {', '.join(parts) or 'less than 1 each'})"
         ]
         if budget.gpu is not None:
-            found.append(f"measures within {budget.gpu / GIB:.1f} GiB: {self.measures()}")
+            host = "" if budget.host is None else f" and {budget.host / GIB:.4g} on the host"
+            found.append(f"measures within {budget.gpu / GIB:.4g} GiB{host}: {self.measures()}")
         return found if plan.fits else [*found, self._warning(plan)]
 
     def measures(self) -> str:
