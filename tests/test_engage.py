@@ -207,26 +207,26 @@ def test_a_limit_engages_what_it_takes_and_changes_no_bit(tmp_path):
 
 
 def test_a_resume_that_names_another_measure_is_refused(tmp_path):
-    config = make_config(tmp_path, save_every=2, tile_tokens=16, gpu_memory="2")
+    config = make_config(tmp_path, save_every=2, tile_tokens=16, save_attention=True, gpu_memory="2")
     with pytest.raises(Stop):
         run(config, after_step=stop_after(3))
     assert header(config)["gradient_checkpointing"] is False
     for values, message in (
         ({"tile_tokens": 0}, "^resume: tile_tokens was 16 and is now 0"),
-        (
-            {"tile_tokens": None, "gradient_checkpointing": True},
-            "^resume: gradient_checkpointing was False and is now T",
-        ),
-        ({"tile_tokens": None, "optimizer": "adafactor"}, "^resume: optimizer was 'adamw' and is now 'adafactor'"),
+        ({"gradient_checkpointing": True}, "^resume: gradient_checkpointing was False and is now True"),
+        ({"optimizer": "adafactor"}, "^resume: optimizer was 'adamw' and is now 'adafactor'"),
     ):
         with pytest.raises(ValueError, match=message):
-            run(dataclasses.replace(config, **values), resume=True)
-    auto = dataclasses.replace(config, tile_tokens=None, optimizer="auto", offload_checkpoints="auto")
+            run(dataclasses.replace(config, **{"tile_tokens": None, "save_attention": None} | values), resume=True)
+    left = {"tile_tokens": None, "save_attention": None, "optimizer": "auto", "offload_checkpoints": "auto"}
+    auto = dataclasses.replace(config, **left)
     expected = run(make_config(tmp_path, "whole", tile_tokens=16))
     assert same_weights(run(auto, resume=True), expected)
 
 
-@pytest.mark.parametrize("before", [{}, {"tile_tokens": 16, "offload_checkpoints": "all"}])
+@pytest.mark.parametrize(
+    "before", [{"gradient_checkpointing": True}, {"tile_tokens": 16, "offload_checkpoints": "all"}]
+)
 def test_a_run_of_the_version_before_goes_on_as_it_began(tmp_path, before):
     """Its header had False, 0 and None for off, and it knew no limit."""
     expected = run(make_config(tmp_path, "whole", **before))
@@ -238,11 +238,12 @@ def test_a_run_of_the_version_before_goes_on_as_it_began(tmp_path, before):
     old = json.loads(text)
     for name in ("gpu_memory", "host_memory"):
         del old["config"][name]
-    if not before:
-        old["config"]["offload_checkpoints"] = None
+    old["config"]["offload_checkpoints"] = before.get("offload_checkpoints")
     old["padding"] = "x" * (len(text) - len(json.dumps(old | {"padding": ""})))  # the checkpoint counts its bytes
     path.write_text(json.dumps(old) + "\n" + rest)
-    now = dataclasses.replace(config, tile_tokens=None, offload_checkpoints=None, gpu_memory=memory_for(config, 1))
+    now = dataclasses.replace(config, **dict.fromkeys(OFF), gpu_memory="1")
+    begun = runfiles.as_begun(now)
+    assert {name: getattr(begun, name) for name in OFF} == {**OFF, **before}
     assert same_weights(run(now, resume=True), expected)
 
 
@@ -270,6 +271,8 @@ def test_the_hosts_memory_may_be_what_is_short():
     (warning,) = forecast.Forecast(None, made.budget, made, CPU, 0.0).lines()[2:]
     assert "the layers' inputs are 31744 MiB more than the host has; --max-tokens 131072 --gradient-ch" in warning
     assert "--optimizer adamw8bit would do" in warning
+    made = plan.choose(shape, Load((1024,)), Budget(None), Wanted(host_layers=2))  # what is recomputed alone can wait
+    assert made.on == Measures(checkpointing=True, host_layers=2)
 
 
 @pytest.mark.parametrize(("name", "kept"), [("gpt-neox", "model: GPTNeoXForCausalLM is of type 'gpt_neox'")])
