@@ -265,10 +265,11 @@ def test_what_does_not_fit_is_said_and_tried(tmp_path):
     assert header(config)["tile_tokens"] == 4096 or header(config)["gradient_checkpointing"]
 
 
-def test_the_hosts_memory_may_be_what_is_short():
+def test_the_hosts_memory_may_be_what_is_short(tmp_path):
     shape, load = SHAPES["llama-3.1-8b"], Load((131072,), 2)
     made = plan.choose(shape, load, Budget(141e9, GIB), Wanted("adamw", tile_tokens=4096, host_layers=32))
-    (warning,) = forecast.Forecast(None, made.budget, made, CPU, 0.0).lines()[2:]
+    config = make_config(tmp_path, dtype="bfloat16", max_grad_norm=1.0)
+    (warning,) = forecast.Forecast(config, made.budget, made, CPU, 0.0).lines()[2:]
     assert "the layers' inputs are 31744 MiB more than the host has; --max-tokens 131072 --gradient-ch" in warning
     assert "--optimizer adamw8bit would do" in warning
     made = plan.choose(shape, Load((1024,)), Budget(None), Wanted(host_layers=2))  # what is recomputed alone can wait

@@ -6,18 +6,19 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from unlearn.batches import Packing, Step
-from unlearn.config import TrainConfig
-from unlearn.engage import limits_of, options_of, settled, wanted_of
+from unlearn.config import BY_NEED, TrainConfig
+from unlearn.engage import OFF, limits_of, options_of, settled, wanted_of
 from unlearn.measures import GIB, Load
 from unlearn.memory import host_bytes, is_out_of_memory, resident_mib
 from unlearn.methods import METHODS
 from unlearn.optimizers import is_installed
-from unlearn.plan import CONTEXT_BYTES, Budget, Plan, Wanted, choose
+from unlearn.plan import CONTEXT_BYTES, Budget, Plan, choose
 from unlearn.saturation import saturation
 from unlearn.shapes import shape_of_config
 from unlearn.tiled import decoder_layers, not_understood
@@ -70,10 +71,11 @@ class Forecast:
         return ", ".join(name + more.get(name, "") for name in on.names())
 
     def _warning(self, plan: Plan) -> str:
-        open_ = Wanted(None, adapter=plan.on.adapter, rank=plan.on.rank, itemsize=plan.on.itemsize, built_only=True)
-        other = choose(plan.shape, plan.load, plan.budget, open_)
-        if not other.fits and plan.on.adapter is None:
-            other = choose(plan.shape, plan.load, plan.budget, dataclasses.replace(open_, adapter="lora"))
+        everything: dict[str, Any] = {**dict.fromkeys(OFF), "optimizer": BY_NEED}
+        wanted = wanted_of(dataclasses.replace(self.config, **everything), plan.shape)
+        other = choose(plan.shape, plan.load, plan.budget, wanted)
+        if not other.fits and wanted.adapter is None:
+            other = choose(plan.shape, plan.load, plan.budget, dataclasses.replace(wanted, adapter="lora"))
         advice = f"{' '.join(options_of(other))} would do" if other.fits else "a smaller --max-tokens takes less"
         if plan.headroom < 0:
             short = f"that and a reserve are {-plan.headroom / MIB:.0f} MiB more than the GPU has"
@@ -116,9 +118,9 @@ def forecast(
     held = resident_mib(device)
     try:
         shape = shape_of_config(model.config, type(model).__name__)
+        tileable = not_understood(decoder_layers(model)) is None
     except ValueError as error:
         return Forecast(settled(config, None, limited=budget.gpu is not None), budget, None, device, held, str(error))
-    tileable = not_understood(decoder_layers(model)) is None
     wanted = wanted_of(config, shape, tileable=tileable, installed=is_installed)
     plan = choose(shape, run_load(config, packing), budget, wanted)
     return Forecast(settled(config, plan, limited=budget.gpu is not None), budget, plan, device, held)
