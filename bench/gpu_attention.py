@@ -30,7 +30,7 @@ from bench.part import Part
 from bench.rows import first_line
 from bench.timing import Interleaved, Stopwatch, peak_if_any, quartiles, release
 from unlearn.attention import Segments, packed_attention
-from unlearn.plan import Shape
+from unlearn.shapes import Shape
 
 CONTEXTS, TINY_CONTEXTS = (32768, 131072), (96, 192)
 NUM_PACKED = 16

@@ -33,7 +33,11 @@ from bench.timing import release
 from unlearn import plan as planning
 from unlearn.config import TrainConfig
 from unlearn.data import Sequence
-from unlearn.plan import Budget, Load, Measures, Plan, Shape, Wanted
+from unlearn.engage import OFF, settings_of
+from unlearn.measures import GIB, Load, Measures
+from unlearn.memory import is_out_of_memory
+from unlearn.plan import Budget, Plan, Wanted
+from unlearn.shapes import Shape
 from unlearn_kernels import Options
 
 K = 1024
@@ -96,16 +100,9 @@ class Bench:
         forget, keep = (Sequence(key, row, 1) for key, row in zip(("forget", "retain"), ids, strict=True))
         return Documents(forget, keep if retain else None)
 
-    def config(self, on: Measures, **more: Any) -> TrainConfig:
+    def config(self, on: Measures) -> TrainConfig:
         """The settings that switch on what was planned."""
-        return settings(
-            tile_tokens=on.tile_tokens if on.tiled else 0,
-            gradient_checkpointing=on.checkpointing and not on.tiled,
-            offload_checkpoints=str(on.host_layers) if on.host_layers else None,
-            optimizer=on.optimizer,
-            optimizer_in_backward=on.in_backward,
-            **more,
-        )
+        return settings(**settings_of(on))
 
     def expected(self, plan: Plan) -> float:
         """Seconds of a case: one step, and one document's reference pass, a quarter of what it takes there."""
@@ -147,10 +144,10 @@ class Bench:
         try:
             with way:
                 row |= measured(way, optimizers, warmup_tokens=self.sizes.warmup, another=another)
-        except torch.OutOfMemoryError as error:
-            row |= {"failed": first_line(error), "out_of_memory": True}
         except Exception as error:
             row["failed"] = first_line(error)
+            if is_out_of_memory(error):
+                row["out_of_memory"] = True
         # Outside the except blocks, whose exceptions would keep the failed call's tensors alive.
         if "failed" in row:
             way.model.zero_grad(set_to_none=True)
@@ -179,7 +176,7 @@ class Bench:
 def measures_of(config: TrainConfig) -> Fields:
     names = ("gradient_checkpointing", "tile_tokens", "offload_checkpoints", "save_attention", "optimizer",
              "optimizer_in_backward")  # fmt: skip
-    return {name: getattr(config, name) for name in names if getattr(config, name)}
+    return {name: getattr(config, name) for name in names if getattr(config, name) not in (OFF.get(name), False)}
 
 
 def planned(plan: Plan) -> Fields:
@@ -204,7 +201,7 @@ def outcome(row: Fields) -> str:
         return row.get("failed") or f"REFUSED: loss {row['loss']}, gradient norm {row['grad_norm']}"
     return (
         f"{row['seconds']:.2f} s, {row['allocated_mib'] / 1024:.2f} GiB allocated,"
-        f" {row['planned']['total_bytes'] / planning.GIB:.2f} planned"
+        f" {row['planned']['total_bytes'] / GIB:.2f} planned"
     )
 
 
@@ -279,12 +276,11 @@ def candidates(bench: Bench, shape: Shape, context: int) -> Iterator[Plan]:
 
 @dataclass(frozen=True)
 class Rung:
-    """One more measure than the rung before; save_attention is one that the plan does not count."""
+    """One more measure than the rung before."""
 
     name: str
     way: type[Ours]
     on: Measures
-    save_attention: bool = False
 
 
 def rungs(bench: Bench, shape: Shape, optimizer: str) -> Iterator[Rung]:
@@ -297,7 +293,7 @@ def rungs(bench: Bench, shape: Shape, optimizer: str) -> Iterator[Rung]:
     yield Rung("+ layers tiled", Ours, tiled)
     offloaded = dataclasses.replace(tiled, host_layers=shape.layers)
     yield Rung("+ layers' inputs on the host", Ours, offloaded)
-    yield Rung("+ attention's output kept", Ours, offloaded, save_attention=True)
+    yield Rung("+ attention's output kept", Ours, dataclasses.replace(offloaded, save_attention=True))
     lean = dataclasses.replace(offloaded, optimizer=OPTIMIZERS[-1])
     yield Rung("+ Adafactor, attention's output not kept", Ours, lean)
     yield Rung("+ stepped in the backward", Ours, dataclasses.replace(lean, in_backward=True))
@@ -316,7 +312,7 @@ def ablation(bench: Bench) -> None:
         for rung in rungs(bench, shape, optimizer):
             plan = planning.make(shape, load, rung.on, bench.budget)
             what = {"model": "8b", "layers": shape.layers, "context": context, "rung": rung.name}
-            config = bench.config(rung.on, save_attention=rung.save_attention)
+            config = bench.config(rung.on)
             if (rung.way, config) == previous or not bench.room_for(what, plan):
                 continue
             previous = rung.way, config

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from unlearn.plan import SHAPES, Shape
+from unlearn.shapes import SHAPES, Shape
 
 # What the parts about long contexts measure; the small ones try their scripts.
 MODELS = {"8b": SHAPES["llama-3.1-8b"], "7b": SHAPES["llama-2-7b"]}

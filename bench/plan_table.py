@@ -11,7 +11,10 @@ import dataclasses
 from typing import Any
 
 from bench.rows import environment, write
-from unlearn.plan import GIB, SHAPES, Budget, Load, Plan, Wanted, choose, longest_context, rates_for
+from unlearn.measures import GIB, Load
+from unlearn.plan import Budget, Plan, Wanted, choose, longest_context
+from unlearn.rates import rates_for
+from unlearn.shapes import SHAPES
 
 MODELS = ("llama-2-7b", "llama-3.1-8b")
 GPUS_GB = (24, 48, 80, 141)

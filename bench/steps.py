@@ -118,7 +118,7 @@ class Ours:
         self.model.set_attn_implementation(ATTENTION)
         together = self.config.optimizer_in_backward
         longest = sum(self.documents.lengths) if together else max(self.documents.lengths)
-        recompute = self.config.gradient_checkpointing and not self.config.tile_tokens
+        recompute = bool(self.config.gradient_checkpointing) and not self.config.tile_tokens
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._pinning_timed())
             stack.enter_context(repeatable(self.model, recompute=recompute))

@@ -12,12 +12,11 @@ from bench.gpu_attention import Flex, Inputs, Provider, ours, truth_of
 from bench.gpu_context import Bench
 from bench.rows import RowFile, read
 from bench.timing import Budget
-from unlearn import plan as planning
+from unlearn.measures import GIB
 from unlearn.model import check_head
 
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--backend", "torch", "--tiny"]
-GIB = planning.GIB
 SHARED = ("commit", "source", "dirty", "device", "torch", "triton", "transformers")
 
 
@@ -107,7 +106,11 @@ def test_a_rung_of_another_gradient_is_refused(tmp_path, monkeypatch):
 rungs = gpu_context.rungs
 
 
-def out_of_memory(calls, allowed):
+GPU_FULL = (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 40 GiB.\nmore lines")
+HOST_FULL = (RuntimeError, "DefaultCPUAllocator: can't allocate memory")
+
+
+def out_of_memory(calls, allowed, error=GPU_FULL):
     """Ours.step that is out of memory from call number `allowed` on, until it was once."""
     step = steps.Ours.step
 
@@ -115,7 +118,7 @@ def out_of_memory(calls, allowed):
         calls.append(type(self).__name__)
         if len(calls) == allowed:
             optimizer.state[optimizer.param_groups[0]["params"][0]] = {"step": 1}  # half made
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40 GiB.\nmore lines")
+            raise error[0](error[1])
         return step(self, optimizer, *arguments)
 
     return limited
@@ -123,15 +126,18 @@ def out_of_memory(calls, allowed):
 
 def test_a_case_out_of_memory_is_a_row_and_the_next_one_runs(tmp_path, monkeypatch):
     """The plain loop's is what the part shows, ours is a failure where the plan saw it fit."""
-    for allowed, name, status in ((1, "plain loop, full logits", 0), (4, "+ this project's loss and packing", 1)):
-        monkeypatch.setattr(steps.Ours, "step", out_of_memory([], allowed))
+    for allowed, name, status, error in (
+        (1, "plain loop, full logits", 0, GPU_FULL),
+        (4, "+ this project's loss and packing", 1, HOST_FULL),
+    ):
+        monkeypatch.setattr(steps.Ours, "step", out_of_memory([], allowed, error))
         monkeypatch.setattr(gpu_context, "rungs", lambda *a: list(rungs(*a))[:3])
         assert run_part(tmp_path, "train-d") == status
         monkeypatch.undo()
         rows = rows_of(tmp_path, "train-d", "rung")
         (lost,) = [row for row in rows if "failed" in row]
         assert lost["rung"] == name and lost["out_of_memory"] and len(rows) == 6
-        assert lost["failed"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 40 GiB."
+        assert lost["failed"] == f"{error[0].__name__}: {error[1].splitlines()[0]}"
         assert read("gpu_train-d", tmp_path)[-1]["failed"] == status
         assert "out of memory" in gpu_summary.summary(tmp_path, ["train-d"])
 
@@ -209,7 +215,7 @@ def test_settings_follow_the_plan_and_then_leaner_ones(tmp_path, gib, optimizers
     configs = [bench.config(plan.on) for plan in found]
     assert [config.optimizer for config in configs] == optimizers
     assert all(config.tile_tokens == 4096 and not config.gradient_checkpointing for config in configs)
-    assert configs[0].offload_checkpoints == (str(found[0].on.host_layers) if found[0].on.host_layers else None)
+    assert configs[0].offload_checkpoints == (str(found[0].on.host_layers))
     assert {config.offload_checkpoints for config in configs[1:]} == {"32"}
     assert [plan.on.optimizer for plan in found] == optimizers
 

@@ -1,6 +1,7 @@
 """The dry run against the run: every count and byte that it announces is found in what the run then leaves."""
 
 import json
+import re
 
 import pytest
 from safetensors.torch import load_file
@@ -132,8 +133,9 @@ def test_for_a_person(files, tmp_path, capsys):
     table = {line.split("  ")[0]: line.partition("  ")[2].strip() for line in out.splitlines()}
     assert list(table) == [
         "method", "model", "forget", "retain", "steps", "packs", "learning rate", "reference", "checkpoints",
-        "static memory", "output",
+        "static memory", "measures", "output",
     ]  # fmt: skip
+    assert re.fullmatch(r"adamw; \d+ KiB planned", table["measures"])
     assert (
         table["method"] == "npo, retain term nll" and "36,640 parameters in bfloat16, 36,640 trained" in table["model"]
     )

@@ -87,20 +87,6 @@ def test_how_many_layers():
     for wrong in (-1, 4):
         with pytest.raises(ValueError, match=f"offload_checkpoints: {wrong} is not accepted; 0 to 3 layers are"):
             CheckpointStore(3, wrong)
-    store = CheckpointStore(3, None)  # the host's memory is the device's
-    assert not store.put(0, filled(0)).offloaded and store._slab is None
-
-
-def test_as_many_layers_stay_as_the_device_has_room_for(monkeypatch):
-    """What `auto` computes on a GPU: free memory, less what is still to come and what a layer needs."""
-    unit = 5 * 4 * 8
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000 * unit, 2000 * unit))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 60 * unit)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 50 * unit)
-    for come, expected in ((900, 0), (980, 12), (985, 17), (995, 27), (5000, 32)):
-        store = CheckpointStore(32, None, bytes_to_come=come * unit, working_units=10.0)
-        # 1010 - come - 10 units are left for 32 inputs
-        assert store._choose(unit, torch.device("cuda")) == expected
 
 
 def test_memory_that_cannot_be_had(monkeypatch):

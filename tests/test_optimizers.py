@@ -10,9 +10,9 @@ from tests.test_optim import bf16_weights, gradients, moved_share, take_steps
 from tests.tiny import tiny_llama
 from unlearn import optimizers
 from unlearn.attention import Segments
-from unlearn.config import OPTIMIZERS, TrainConfig
-from unlearn.optimizers import InBackward, bytes_to_come, gradient_norm, make_optimizer, set_lr, tensor_norm
-from unlearn.plan import STATE_BYTES
+from unlearn.config import BY_NEED, OPTIMIZERS, TrainConfig
+from unlearn.measures import STATE_BYTES
+from unlearn.optimizers import InBackward, gradient_norm, is_installed, make_optimizer, set_lr, tensor_norm
 
 
 def config(**values):
@@ -81,15 +81,28 @@ def test_adamw8bit_holds_a_quarter_of_the_states(eager):
     assert state.codes.dtype == torch.uint8 and state.codes.numel() == weight.numel()
 
 
+def test_bf16_states_halve_and_bf16_weights_move_too():
+    (weight,) = weights(torch.bfloat16)[:1]
+    optimizer = make_optimizer(config(optimizer="adamw-bf16"), [weight])
+    step_all(optimizer, [weight], 0)
+    sizes = [optimizer.state[weight][name].nbytes for name in ("exp_avg", "exp_avg_sq")]
+    assert sum(sizes) == STATE_BYTES["adamw-bf16"] * weight.numel()
+    share = moved_share(
+        lambda w: make_optimizer(config(optimizer="adamw-bf16", weight_decay=0.0, lr=1e-5), [w]), "cpu", steps=20
+    )
+    assert 0.97 < share < 1.03
+
+
 def test_missing_torchao_takes_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    assert not is_installed("adamw8bit") and all(map(is_installed, ("adamw", "adamw-bf16", "adafactor")))
     with pytest.raises(ValueError, match="^optimizer: adamw8bit needs torchao .*; install it, or take adamw") as caught:
         make_optimizer(config(optimizer="adamw8bit"), weights())
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "adamw8bit"])
+@pytest.mark.parametrize("name", ["adamw", "adamw-bf16", "adafactor", "adamw8bit"])
 def test_resume_is_bitwise_equal(name, tmp_path, request):
     if name == "adamw8bit":
         request.getfixturevalue("eager")
@@ -137,16 +150,6 @@ def test_the_rate_is_set_in_place(name, request):
     set_lr(optimizer, 1e-2)
     step_all(optimizer, params, 0)
     assert not any(torch.equal(a, b) for a, b in zip(params, before, strict=True))
-
-
-def test_bytes_to_come():
-    model = tiny_llama(dtype=torch.bfloat16)
-    count, largest = sum(p.numel() for p in model.parameters()), 330 * 32
-    assert bytes_to_come(config(), model.parameters()) == 10 * count
-    assert bytes_to_come(config(optimizer_in_backward=True), model.parameters()) == 8 * count + 2 * largest
-    assert bytes_to_come(config(optimizer="adafactor"), model.parameters()) == 2 * count
-    model.requires_grad_(False)
-    assert bytes_to_come(config(), model.parameters()) == 0
 
 
 # ------------------------------------------------------------------------------------------------------ in the backward
@@ -202,7 +205,7 @@ def test_no_two_gradients_are_alive():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"optimizer": "sgd"}, "optimizer: 'sgd' is not accepted; adamw, adamw8bit, adafactor are"),
+        ({"optimizer": "sgd"}, "optimizer: 'sgd' is not accepted; adamw, adamw-bf16, adamw8bit, adafactor, auto are"),
         ({"optimizer_in_backward": True, "max_grad_norm": 1.0}, "not accepted with max_grad_norm 1.0"),
         ({"optimizer_in_backward": True, "on_non_finite": "skip"}, "not accepted with on_non_finite skip"),
     ],
@@ -214,4 +217,4 @@ def test_combinations_that_cannot_be_are_refused(values, message):
 
 
 def test_every_optimizer_has_a_maker_and_a_size():
-    assert set(optimizers._MAKERS) == set(OPTIMIZERS) <= set(STATE_BYTES)
+    assert set(optimizers._MAKERS) == set(OPTIMIZERS) - {BY_NEED} == set(STATE_BYTES)

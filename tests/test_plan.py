@@ -5,6 +5,7 @@ Flash attention is stood in for by its allocations, CUDA's sizes: the output, th
 float32 and the row sums.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -15,14 +16,20 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.test_tiled import held
 from unlearn import attention, cli, plan
 from unlearn.commands.plan import find_shape
 from unlearn.config import TrainConfig
 from unlearn.data import PackedBatch, Role
+from unlearn.footprint import weight_bytes
+from unlearn.measures import GIB, MEASURES, Load, Measure, Measures
 from unlearn.memory import LiveStorages
 from unlearn.methods import StepTotals, batch_loss
 from unlearn.model import head_of, hidden_states
-from unlearn.plan import GIB, SHAPES, Budget, Load, Measures, Wanted, choose, longest_context
+from unlearn.plan import Budget, Wanted, choose, longest_context
+from unlearn.rates import RATES, step_seconds
+from unlearn.saturation import npo_weight, saturation
+from unlearn.shapes import SHAPES
 from unlearn.train import repeatable
 from unlearn_kernels import checks, functions, options, problem
 
@@ -90,7 +97,7 @@ def workspace(num_tokens):
 
 def in_tiles(on, num_tokens):
     """Eight tiles at any length: what a tile adds is a matter of its size, the test's time of their number."""
-    return plan.replace(on, tile_tokens=num_tokens // 8)
+    return dataclasses.replace(on, tile_tokens=num_tokens // 8)
 
 
 def switched_on(stack, on, model, live):
@@ -153,7 +160,7 @@ def measured(name, layers, num_tokens, on, lengths=None):
 def extrapolated(name, num_tokens, on, moment, host_share=0.0):
     """The measured peak at the model's full depth: affine in the number of layers, from 2 and 4 of them."""
     two, four = (
-        measured(name, layers, num_tokens, plan.replace(on, host_layers=round(layers * host_share)))[moment]
+        measured(name, layers, num_tokens, dataclasses.replace(on, host_layers=round(layers * host_share)))[moment]
         for layers in (2, 4)
     )
     return two + (four - two) / 2 * (SHAPES[name].layers - 2)
@@ -181,7 +188,7 @@ EVERY_MOMENT = ("head", "top layer", "bottom layer")
 def test_eight_billion_at_full_depth(on, host_share, num_tokens, moment):
     shape = SHAPES["llama-3.1-8b"]
     found = extrapolated(shape.name, num_tokens, on, moment, host_share)
-    on = plan.replace(on, host_layers=round(host_share * shape.layers))
+    on = dataclasses.replace(on, host_layers=round(host_share * shape.layers))
     assert planned(shape, num_tokens, on, moment) == pytest.approx(found, rel=0.03)
 
 
@@ -197,7 +204,7 @@ def test_other_shapes(name, on, moment):
 def test_the_working_set_alone(on):
     """What is neither weights nor gradients nor checkpoints, which would hide it."""
     shape, u = SHAPES["llama-3.1-8b"], 2 * LONG * 4096
-    made = plan.make(plan.replace(shape, layers=4), Load((LONG,)), in_tiles(on, LONG), Budget(None))
+    made = plan.make(dataclasses.replace(shape, layers=4), Load((LONG,)), in_tiles(on, LONG), Budget(None))
     rest = made.moment_total("top layer") - made.moments["top layer"]["layer"] - made.moments["top layer"]["optimizer"]
     found = measured(shape.name, 4, LONG, on)["top layer"] - rest
     assert made.moments["top layer"]["layer"] == pytest.approx(found, rel=0.03)
@@ -208,7 +215,7 @@ def test_the_working_set_alone(on):
 def test_sequences_of_several_lengths_are_gathered(on):
     """The plan allows for a quarter of padding, the most there is: two sequences of which one is 5/3 as long."""
     shape, lengths = SHAPES["llama-3.1-8b"], (LONG // 8 * 5, LONG // 8 * 3)
-    made = plan.make(plan.replace(shape, layers=2), Load(lengths), in_tiles(on, LONG), Budget(None))
+    made = plan.make(dataclasses.replace(shape, layers=2), Load(lengths), in_tiles(on, LONG), Budget(None))
     planned_bytes = made.moment_total("top layer") - made.moments["top layer"]["optimizer"]
     found = measured(shape.name, 2, LONG, on, lengths)["top layer"]
     assert measured(shape.name, 2, LONG, on)["top layer"] < found
@@ -226,7 +233,7 @@ def test_linear_in_the_tokens(on, moment):
 def test_depth_costs_nothing_but_weights_when_checkpoints_are_on_the_host():
     peaks = {}
     for layers in (2, 4):
-        on = plan.replace(TILED, host_layers=layers)
+        on = dataclasses.replace(TILED, host_layers=layers)
         peaks[layers] = measured("llama-3.1-8b", layers, LONG, on)["top layer"]
     assert peaks[4] - peaks[2] == pytest.approx(2 * 2 * SHAPES["llama-3.1-8b"].layer_params, rel=1e-3)
 
@@ -272,7 +279,7 @@ def test_a_configuration_gives_the_same_shape_as_the_table(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(values | more))
         for given in (tmp_path, tmp_path / "config.json"):
             found = find_shape(str(given))
-            assert plan.replace(found, name=name, source=shape.source) == shape
+            assert dataclasses.replace(found, name=name, source=shape.source) == shape
 
 
 @pytest.mark.parametrize(
@@ -297,12 +304,12 @@ def test_measures_come_in_order_and_only_when_needed():
 
 def test_no_more_layers_on_the_host_than_it_takes():
     made = choose(EIGHT, Load((131072,), 2), H200, Wanted())
-    fewer = plan.make(EIGHT, made.load, plan.replace(made.on, host_layers=made.on.host_layers - 1), H200)
+    fewer = plan.make(EIGHT, made.load, dataclasses.replace(made.on, host_layers=made.on.host_layers - 1), H200)
     assert made.fits and not fewer.fits
 
 
 def test_a_small_host_sends_the_plan_to_the_next_optimizer():
-    small = plan.replace(H200, host=4 * GIB)
+    small = dataclasses.replace(H200, host=4 * GIB)
     assert choose(EIGHT, Load((131072,), 2), small, Wanted()).on.optimizer == "adamw8bit"
 
 
@@ -312,7 +319,7 @@ def test_what_is_not_built_is_never_counted_on():
             made = choose(EIGHT, Load((context,)), budget, Wanted(built_only=True))
             assert not made.on.not_built()
     assert Measures(tiled=True, host_layers=3).not_built() == tuple(
-        name for name in ("tiled layers", "checkpoints on host") if not plan.MEASURES[name].available
+        name for name in ("tiled layers", "checkpoints on host") if not MEASURES[name].available
     )
 
 
@@ -325,7 +332,7 @@ def test_the_longest_context_is_the_last_that_fits():
 
 
 def test_what_is_not_built_reaches_no_context():
-    if plan.MEASURES["qlora"].available:
+    if MEASURES["qlora"].available:
         pytest.skip("it is built")
     assert longest_context(EIGHT, lambda n: Load((n,)), H200, Wanted(adapter="qlora", built_only=True)) == 0
 
@@ -355,6 +362,24 @@ def test_stepping_in_the_backward_takes_the_whole_step_in_one_pack():
     assert made.part("gradients") == 2 * EIGHT.head_params
 
 
+def test_kept_attention_is_what_tiles_keep():
+    """Against tests/test_tiled.py's count of live bytes, in units of 8 N H; its logsumexp is float64, 0.125 of them."""
+    shape, u = (
+        dataclasses.replace(SHAPES["llama-2-7b"], hidden=32, layers=4, heads=4, kv_heads=4, head_dim=8),
+        8 * 256 * 32,
+    )
+    plain, kept = (
+        plan.make(shape, Load((256,)), Measures(True, True, itemsize=8, save_attention=save), Budget(None))
+        for save in (False, True)
+    )
+    counted = held(256, layers=4, save_attention=True)[0] - held(256, layers=4)[0]
+    of_head, of_top, of_bottom = (
+        (kept.moment_total(moment) - plain.moment_total(moment)) / u for moment in ("head", "top layer", "bottom layer")
+    )
+    assert of_head == pytest.approx(counted - 4 * 0.125 / 2, abs=0.1)
+    assert (of_top, of_bottom) == (pytest.approx(of_head * 3 / 4), 0) and kept.seconds < plain.seconds
+
+
 def test_static_sizes_of_published_models():
     """GiB by hand: 8.030e9 weights of 2 bytes, their gradients, 8 bytes of states; 2 + 1/32 bytes of 8-bit ones."""
     made = plan.make(EIGHT, Load((1024,), 2), Measures(), H200)
@@ -363,33 +388,33 @@ def test_static_sizes_of_published_models():
     )
     eight_bits = plan.make(EIGHT, Load((1024,), 2), Measures(optimizer="adamw8bit"), H200)
     assert eight_bits.part("optimizer") / GIB == pytest.approx(15.19, abs=0.01)
-    quarter = plan.weight_bytes(EIGHT, Measures(adapter="qlora", rank=16))
+    quarter = weight_bytes(EIGHT, Measures(adapter="qlora", rank=16))
     assert 5.3 < quarter / GIB < 5.8  # embedding and head stay at 2 bytes
 
 
 def test_seconds_add_up_from_flop():
     """8B at 131072 tokens, recomputed: 4 x 2 x P per token, and 4.5 forwards of causal attention."""
-    rates = plan.RATES["h200"]
+    rates = RATES["h200"]
     load, on = Load((131072,)), Measures(checkpointing=True)
     linear = 8 * 7.505e9 * 131072 / 600e12
     scores = 2 * 131072**2 * 4096 * 32
     attention_seconds = scores * (2 / 360e12 + 2.5 / 310e12)
     update = 150 * 8.03e9 / 4.8e12
-    assert plan.step_seconds(EIGHT, load, on, rates) == pytest.approx(linear + attention_seconds + update, rel=2e-3)
+    assert step_seconds(EIGHT, load, on, rates) == pytest.approx(linear + attention_seconds + update, rel=2e-3)
 
 
 # ----------------------------------------------------------------------------------------------------------- saturation
 
 
 def test_the_npo_weight_at_its_limits():
-    assert plan.npo_weight(beta=0.1, tokens=1000, drift=0.0) == 1.0
-    assert plan.npo_weight(beta=0.1, tokens=1 << 30, drift=1.0) == pytest.approx(0.0, abs=1e-300)
-    assert plan.npo_weight(beta=0.1, tokens=100, drift=0.01) == pytest.approx(2 / (1 + 2.718281828**0.1))
+    assert npo_weight(beta=0.1, tokens=1000, drift=0.0) == 1.0
+    assert npo_weight(beta=0.1, tokens=1 << 30, drift=1.0) == pytest.approx(0.0, abs=1e-300)
+    assert npo_weight(beta=0.1, tokens=100, drift=0.01) == pytest.approx(2 / (1 + 2.718281828**0.1))
 
 
 def test_long_documents_saturate_and_answers_do_not():
-    assert plan.saturation(beta=0.1, tokens=200, drift=1e-3) is None
-    text = plan.saturation(beta=0.1, tokens=131072, drift=1e-3)
+    assert saturation(beta=0.1, tokens=200, drift=1e-3) is None
+    text = saturation(beta=0.1, tokens=131072, drift=1e-3)
     assert "131 nats" in text and "SimNPO" in text and "mean over tokens" in text
 
 
@@ -423,7 +448,7 @@ def test_json_stands_alone_and_adds_up(capsys):
     assert found["longest_context"] >= found["longest_context_built"] >= 131072
 
 
-def test_the_table_says_what_would_fit(capsys):
+def test_the_table_says_what_would_fit(capsys, monkeypatch):
     status, printed = run(capsys, "--model", "llama-3.1-8b", "--context", "131072", "--gpu-memory", "24GB")
     assert status == 0
     for text in (
@@ -434,8 +459,11 @@ def test_the_table_says_what_would_fit(capsys):
         "s a step on rtx4090",
     ):
         assert text in printed.out
+    assert "as options of `unlearn train`: --max-tokens 131072 --tile-tokens 4096 --offload-ch" in printed.out
+    monkeypatch.setitem(MEASURES, "adamw-bf16", Measure("not here", False))
     asked = ("--model", "llama-3.1-8b", "--context", "8k", "--gpu-memory", "24GB", "--optimizer", "adamw-bf16")
-    assert "adamw-bf16 (not built)" in run(capsys, *asked)[1].out
+    out = run(capsys, *asked)[1].out
+    assert "adamw-bf16 (not built)" in out and "as options" not in out
 
 
 def test_without_a_context_the_longest_is_planned(capsys):
@@ -458,12 +486,14 @@ def test_without_a_context_the_longest_is_planned(capsys):
         (["--dtype", "float32", "--optimizer", "adamw8bit"], "dtype: float32"),
         (["--context", "64k", "--max-tokens", "32k"], "max-tokens: 32768 is below the context of 65536"),
         (["--drift", "0"], "drift: 0.0 is not accepted"),
+        (["--tile-tokens", "-1"], "tile_tokens: -1 is not accepted"),
+        (["--gradient-checkpointing", "--offload-checkpoints", "33"], "33 is not accepted; 0 to 32 layers are"),
     ],
 )
 def test_refusals_take_one_line(capsys, options, said):
     defaults = {"--model": "llama-2-7b", "--gpu-memory": "80"}
-    given = dict(zip(options[::2], options[1::2], strict=True))
-    arguments = [text for pair in (defaults | given).items() for text in pair]
+    rest = [text for name, value in defaults.items() if name not in options for text in (name, value)]
+    arguments = [*rest, *options]
     status, printed = run(capsys, *arguments)
     assert status == 2 and printed.out == ""
     assert said in printed.err and printed.err.count("\n") == 1

@@ -23,6 +23,7 @@ from unlearn import train as loop
 from unlearn.batches import make_training_set
 from unlearn.config import TrainConfig
 from unlearn.data import rows_from
+from unlearn.engage import OFF
 from unlearn.model import generating
 from unlearn.optim import AdamWSR
 from unlearn.train import InvariantError, NonFiniteError, train
@@ -200,8 +201,9 @@ def test_resume_with_another_setting_is_refused_by_name(tmp_path, values):
 
 
 def test_a_setting_that_the_runs_version_did_not_have_stood_at_its_default(tmp_path):
-    now = make_config(tmp_path).to_dict()
-    before = {name: value for name, value in now.items() if name not in ("lora", "lora_merge", "max_tokens")}
+    now = make_config(tmp_path).to_dict() | OFF
+    unknown = ("lora", "lora_merge", "max_tokens", "tile_tokens", "gpu_memory")
+    before = {name: value for name, value in now.items() if name not in unknown}
     with pytest.raises(ValueError, match="^resume: max_tokens was 4096 and is now 99"):
         runfiles._check_same_settings(before, now | {"max_tokens": 99})
     with pytest.raises(ValueError, match="^resume: lora_merge was False and is now True"):
@@ -714,7 +716,7 @@ def test_metrics_begin_with_configuration_and_provenance(tmp_path):
     config = make_config(tmp_path)
     run(config)
     header, *rows = lines(config)
-    assert header["config"] == config.to_dict() and header["num_steps"] == NUM_STEPS == len(rows)
+    assert header["config"] == config.to_dict() | OFF and header["num_steps"] == NUM_STEPS == len(rows)
     assert {"unlearn", "commit", "torch", "transformers", "device", "threads", "imported_from", "command"} <= set(
         header["provenance"]
     )

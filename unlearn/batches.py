@@ -7,7 +7,7 @@ without storing any position but the step number.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -157,14 +157,30 @@ def num_steps_per_epoch(data: TrainingSet, config: TrainConfig) -> int:
     return -(-rows // config.batch_size)
 
 
-def packs_of(step: Step, max_tokens: int) -> list[list[Sequence]]:
-    """The sequences of each micro-batch of a step, as the training loop packs them."""
-    packs = pack(with_reference(step.groups, {}), max_tokens)
-    return [[item.sequence for group in packed for item in group] for packed in packs]
+@dataclass(frozen=True)
+class Packing:
+    """The micro-batches of a run's steps, as the training loop packs them. counts: of each step; tokens: of each
+    micro-batch, in order; largest: the sequences of the first one that has most tokens."""
+
+    counts: tuple[int, ...]
+    tokens: tuple[int, ...]
+    largest: tuple[Sequence, ...]
 
 
-def num_tokens(sequences: Iterable[Sequence]) -> int:
-    return sum(sequence.num_tokens for sequence in sequences)
+def packing_of(steps: list[Step], max_tokens: int) -> Packing:
+    """Under a budget of max_tokens for one forward. Of the whole run, so once is enough."""
+    counts, tokens = [], []
+    largest: tuple[Sequence, ...] = ()
+    most = -1
+    for step in steps:
+        packs = pack(with_reference(step.groups, {}), max_tokens)
+        counts.append(len(packs))
+        for packed in packs:
+            sequences = tuple(item.sequence for group in packed for item in group)
+            tokens.append(sum(sequence.num_tokens for sequence in sequences))
+            if tokens[-1] > most:
+                largest, most = sequences, tokens[-1]
+    return Packing(tuple(counts), tuple(tokens), largest)
 
 
 def all_steps(data: TrainingSet, config: TrainConfig) -> list[Step]:

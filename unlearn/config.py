@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 import tomllib
 import types
 import typing
@@ -17,14 +18,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from unlearn.measures import GIB
 from unlearn.recipes import RECIPES
 from unlearn.sources import parse_fields
 
 RETAIN_TERMS = ("none", "nll", "kl")
 # What float32 can divide by and multiply with: beyond, a run would end in its first step.
 _SMALLEST, _LARGEST = 1e-30, 1e30
-OPTIMIZERS = ("adamw", "adamw8bit", "adafactor")
+BY_NEED = "auto"
+OPTIMIZERS = ("adamw", "adamw-bf16", "adamw8bit", "adafactor", BY_NEED)
 DTYPES = ("float32", "bfloat16")  # float16 weights would need a loss scale
+_SIZES = {"": GIB, "GIB": GIB, "G": GIB, "GB": 10**9, "MIB": 1 << 20, "MB": 10**6, "TIB": 1 << 40}
 
 
 def option(help_text: str, **kwargs: Any) -> Any:
@@ -91,21 +95,37 @@ class TrainConfig:
     )
     lora_merge: bool = option("save the whole model with its adapters merged in, not the adapters", default=False)
     optimizer: str = option(
-        "adamw, adamw8bit (torchao: 8-bit states) or adafactor (nearly no states; lr is relative to a weight's size)",
+        "adamw, adamw-bf16 (bf16 states), adamw8bit (torchao: 8-bit states), adafactor (nearly no states; lr is "
+        "relative to a weight's size), or auto: by need adamw, then adamw8bit, then adamw8bit inside the backward",
         default="adamw",
     )
     optimizer_in_backward: bool = option(
         "step each weight inside the backward and free its gradient: one micro-batch per step, no clipping",
         default=False,
     )
-    gradient_checkpointing: bool = option("recompute activations in the backward", default=False)
-    tile_tokens: int = option(
-        "run decoder layers on this many tokens at a time, all but the attention, and recompute them (0: off)",
-        default=0,
+    gradient_checkpointing: bool | None = option(
+        "recompute activations in the backward (default: by need, where there is a GPU or gpu_memory)", default=None
     )
-    save_attention: bool = option("with tile_tokens: keep attention outputs, recompute the rest", default=False)
+    tile_tokens: int | None = option(
+        "run decoder layers on this many tokens at a time, all but the attention, and recompute them (0: off; default: "
+        "by need)",
+        default=None,
+    )
+    save_attention: bool | None = option("with tile_tokens: keep attention outputs, recompute the rest", default=None)
     offload_checkpoints: str | None = option(
-        "layers whose recomputation starts from inputs kept in host memory: a number, all, or auto", default=None
+        "layers whose recomputation starts from inputs kept in host memory: a number, all, or auto, by need (the "
+        "default)",
+        default=None,
+    )
+    gpu_memory: str | None = option(
+        "memory that measures left open have to make the run fit, such as 24, 80GB or 141GiB (default: the GPU's that "
+        "no one else holds; on a CPU none, and then nothing is engaged)",
+        default=None,
+    )
+    host_memory: str | None = option(
+        "the same of the host, for layers' inputs (default: on a GPU four fifths of the machine's, otherwise not "
+        "limited)",
+        default=None,
     )
     save_every: int = option("optimizer steps between checkpoints (0: none before the end)", default=0)
     on_non_finite: str = option("stop or skip: what a NaN or inf loss or gradient does", default="stop")
@@ -148,6 +168,9 @@ class TrainConfig:
         _one_of("retain_term", self.retain_term, RETAIN_TERMS)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
+        for name in ("gpu_memory", "host_memory"):
+            if (size := getattr(self, name)) is not None:
+                parse_size(name, size)
         _one_of("on_non_finite", self.on_non_finite, ("stop", "skip"))
         for name in ("lora_alpha", "lora_targets", "lora_merge"):
             if self.lora is None and getattr(self, name):
@@ -159,15 +182,15 @@ class TrainConfig:
             raise ValueError("retain: given, but with retain_term none nothing would read it; nll and kl do")
 
     def _check_long_context(self) -> None:
-        if self.tile_tokens < 0:
+        if self.tile_tokens is not None and self.tile_tokens < 0:
             raise ValueError(f"tile_tokens: {self.tile_tokens} is not accepted; a number of 0 or more is")
         if self.save_attention and not self.tile_tokens:
             raise ValueError("save_attention: given, but without tile_tokens nothing would read it")
         wanted = self.offload_checkpoints
-        if wanted is not None:
-            if wanted not in ("all", "auto") and not (wanted.isascii() and wanted.isdigit()):
+        if wanted not in (None, BY_NEED):
+            if wanted != "all" and not (wanted.isascii() and wanted.isdigit()):
                 raise ValueError(f"offload_checkpoints: {wanted!r} is not accepted; a number of layers, all, auto are")
-            if not (self.tile_tokens or self.gradient_checkpointing):
+            if wanted.strip("0") and not (self.tile_tokens or self.gradient_checkpointing):
                 raise ValueError(
                     f"offload_checkpoints: {wanted} given, but without gradient_checkpointing or tile_tokens"
                     " no layer is recomputed from its input"
@@ -189,6 +212,15 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def parse_size(name: str, text: str) -> float:
+    """Bytes of a size such as 24 (GiB), 80GB (10**9 bytes) or 141GiB. Raises ValueError that begins with `name`."""
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([A-Za-z]*)", text, re.ASCII)
+    unit = _SIZES.get(found[2].upper()) if found else None
+    if found is None or unit is None or not float(found[1]) > 0:
+        raise ValueError(f"{name}: {text!r} is not accepted; a size such as 24, 80GB or 141GiB is")
+    return float(found[1]) * unit
 
 
 def _one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:

@@ -1,25 +1,30 @@
 """What a run will do, from its configuration, tokenizer and rows: no weights are read and nothing is written.
 
 Counts are those of the run itself: the same steps, packs and reference sequences, made by the same functions. Bytes are
-static ones (weights, gradients, optimizer states, files); activations and workspace depend on the device and are not
-among them.
+static ones (weights, gradients, optimizer states, files); activations and workspace depend on the device and are in the
+memory plan alone, which stands beside them.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from unlearn import adapters, reference
-from unlearn.batches import Step, TrainingSet, all_steps, num_steps_per_epoch, num_tokens, packs_of
+from unlearn.batches import Packing, Step, TrainingSet, all_steps, num_steps_per_epoch, packing_of
 from unlearn.config import TrainConfig
 from unlearn.data import Role, Sequence
+from unlearn.engage import settings_of
+from unlearn.forecast import Forecast, budget_of, forecast
+from unlearn.longcontext import long_context
+from unlearn.measures import STATE_BYTES, Measures
 from unlearn.methods import check_config
-from unlearn.model import check_ids
-from unlearn.plan import STATE_BYTES
+from unlearn.model import check_ids, resolve_device
 from unlearn.runfiles import METRICS_FILE
 from unlearn.scoring import unique
 from unlearn.train import check_packs, learning_rates, reference_sequences
@@ -33,7 +38,12 @@ def dry_run(config: TrainConfig, skeleton: nn.Module, tokenizer: Any, data: Trai
     check_config(config)
     plan = all_steps(data, config)
     rates = learning_rates(config, data, len(plan))
-    check_packs(plan, config)
+    packing = packing_of(plan, config.max_tokens)
+    check_packs(packing, config)
+    expected = _forecast(config, skeleton, packing)
+    config = expected.config
+    with long_context(skeleton, config, say=lambda text: None):  # what its layers cannot do
+        pass
     check_ids(skeleton, unique(sequence for step in plan for sequence in step.sequences()))
     parameters = list(skeleton.parameters())
     trained = [p for p in parameters if p.requires_grad]
@@ -58,7 +68,7 @@ def dry_run(config: TrainConfig, skeleton: nn.Module, tokenizer: Any, data: Trai
         "method": config.method,
         "retain_term": config.retain_term,
         "sets": _sets(data, plan),
-        "steps": _steps(config, data, plan),
+        "steps": _steps(config, data, packing),
         "learning_rate": {"first": rates[0], "peak": rates[peak], "peak_step": peak + 1, "last": rates[-1]},
         "reference": _reference(config, tokenizer, plan, head.shape[1] * head.element_size()),
         "bytes": {
@@ -70,8 +80,34 @@ def dry_run(config: TrainConfig, skeleton: nn.Module, tokenizer: Any, data: Trai
             "checkpoint": trained_bytes + optimizer_bytes,
             "final_model": trained_bytes if config.lora is not None and not config.lora_merge else weight_bytes,
         },
+        "measures": _measures(expected),
         "checkpoints": (len(plan) - 1) // config.save_every if config.save_every else 0,
         "output": {"folder": config.output, "holds_a_run": (Path(config.output) / METRICS_FILE).exists()},
+    }
+
+
+def _forecast(config: TrainConfig, skeleton: nn.Module, packing: Packing) -> Forecast:
+    """On the device that the run would have; where that is not here, without its limits."""
+    device = torch.device("cpu")
+    if config.gpu_memory is None:
+        with contextlib.suppress(ValueError):
+            device = resolve_device(config.device)
+    return forecast(config, skeleton, packing, budget=budget_of(config, device), device=device)
+
+
+def _measures(expected: Forecast) -> dict[str, Any]:
+    """What the run engages, and the plan's peak under it; bytes."""
+    plan, budget = expected.plan, expected.budget
+    names = settings_of(Measures())
+    return {
+        "settings": {name: getattr(expected.config, name) for name in names},
+        "text": expected.measures(),
+        "planned": None if plan is None else plan.total,
+        "reserve": None if plan is None else plan.reserve,
+        "host": None if plan is None else plan.host,
+        "gpu_memory": budget.gpu,
+        "host_memory": budget.host,
+        "fits": None if plan is None or budget.gpu is None else plan.fits,
     }
 
 
@@ -106,12 +142,12 @@ def _sets(data: TrainingSet, plan: list[Step]) -> dict[str, Any]:
     return {name: _counts(sequences) for name, sequences in found.items() if sequences}
 
 
-def _steps(config: TrainConfig, data: TrainingSet, plan: list[Step]) -> dict[str, Any]:
-    packs = [num_tokens(packed) for step in plan for packed in packs_of(step, config.max_tokens)]
+def _steps(config: TrainConfig, data: TrainingSet, packing: Packing) -> dict[str, Any]:
+    packs = packing.tokens
     return {
         "epochs": config.epochs,
         "per_epoch": num_steps_per_epoch(data, config),
-        "total": len(plan),
+        "total": len(packing.counts),
         "micro_batches": len(packs),
         "tokens": sum(packs),
         "max_tokens": config.max_tokens,
@@ -201,6 +237,7 @@ def lines(found: dict[str, Any]) -> list[str]:
             + (f", reference head {_bytes(size['reference_head'])}" if size["reference_head"] else "")
             + "; activations come on top",
         ),
+        ("measures", _measures_line(found["measures"])),
         ("output", _output_line(found["output"], size["final_model"])),
     ]
     width = max(len(name) for name, _ in rows)
@@ -214,6 +251,17 @@ def _rate_line(rate: dict[str, Any], total: int) -> str:
         f"from {rate['first']:.3g} up to {rate['peak']:.3g} at step {rate['peak_step']:,}, straight down to "
         f"{rate['last']:.3g} at step {total:,}"
     )
+
+
+def _measures_line(measures: dict[str, Any]) -> str:
+    planned, limit = measures["planned"], measures["gpu_memory"]
+    if planned is None:
+        return measures["text"]
+    words = f"{measures['text']}; {_bytes(planned)} planned"
+    if limit is None:
+        return words
+    words += f", of {_bytes(limit)} with a reserve of {_bytes(measures['reserve'])}"
+    return words if measures["fits"] else words + ": DOES NOT FIT"
 
 
 def _stored_line(stored: str | None) -> str:

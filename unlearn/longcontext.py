@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from unlearn.config import TrainConfig
-from unlearn.offload import PLAIN_WORKING_UNITS, TILED_WORKING_UNITS, CheckpointStore, offloaded_checkpoints
-from unlearn.optimizers import bytes_to_come
+from unlearn.engage import layers_on_host
+from unlearn.offload import CheckpointStore, offloaded_checkpoints
 from unlearn.tiled import decoder_layers, tiled
 
 
@@ -17,27 +17,19 @@ from unlearn.tiled import decoder_layers, tiled
 def long_context(
     model: nn.Module, config: TrainConfig, *, longest: int = 0, say: Callable[[str], None]
 ) -> Iterator[None]:
-    """Tiled layers and offloaded checkpoints as `config` names them; longest: tokens of the longest pack. Without
-    tiles, offloading needs transformers' own checkpointing to be on already (unlearn.train.repeatable).
+    """Tiled layers and offloaded checkpoints as `config` names them, nothing of what it leaves open; longest: tokens of
+    the longest pack. Without tiles, offloading needs transformers' own checkpointing to be on already
+    (unlearn.train.repeatable).
 
     Raises ValueError for layers that cannot be tiled and for more layers to offload than there are.
     """
-    if not config.tile_tokens and config.offload_checkpoints is None:
+    if not config.tile_tokens and not layers_on_host(config, 1):
         yield
         return
     layers = decoder_layers(model)
-    named = {None: 0, "all": len(layers), "auto": None}
-    wanted = config.offload_checkpoints
-    store = CheckpointStore(
-        len(layers),
-        named[wanted] if wanted in named else int(wanted or 0),
-        bytes_to_come=bytes_to_come(config, model.parameters()),
-        working_units=TILED_WORKING_UNITS if config.tile_tokens else PLAIN_WORKING_UNITS,
-        longest=longest,
-        say=say,
-    )
+    store = CheckpointStore(len(layers), layers_on_host(config, len(layers)) or 0, longest=longest, say=say)
     if config.tile_tokens:
-        measures = tiled(model, config.tile_tokens, store=store, save_attention=config.save_attention)
+        measures = tiled(model, config.tile_tokens, store=store, save_attention=bool(config.save_attention))
     else:
         measures = offloaded_checkpoints(layers, store)
     with measures:

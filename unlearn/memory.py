@@ -4,6 +4,7 @@ hold nothing, what they would take; and how the want of it shows."""
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 def reset_peak(device: torch.device) -> None:
@@ -36,6 +38,14 @@ def peak_mib(device: torch.device) -> float:
         return int(line.split()[1]) / 1024
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes / (2**20 if sys.platform == "darwin" else 1024)
+
+
+def host_bytes() -> float:
+    """The machine's memory, or what a container leaves this process of it."""
+    sizes = [float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))]
+    with contextlib.suppress(OSError, ValueError):  # "max" where nothing limits it
+        sizes.append(float(int(_CGROUP.read_text())))
+    return min(sizes)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -24,10 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What a backward may take beside the checkpoints, in u, when K is chosen: 11 u for a tiled layer (unlearn.tiled), 33 u
-# for a plain one, 5 u for the attention kernel's workspace, the copy under way and the head; a quarter more to be safe.
-TILED_WORKING_UNITS, PLAIN_WORKING_UNITS = 20.0, 47.5
-
 
 @dataclass(frozen=True)
 class Ticket:
@@ -41,29 +37,16 @@ class Ticket:
 
 
 class CheckpointStore:
-    """The inputs of `num_layers` layers; the first `offload` of them on the host, as many as needed where it is None.
-
-    bytes_to_come: what the device has still to hold when the first forward runs (gradients, optimizer states), and
-    working_units what a layer's backward takes, in u; both are read only where offload is None. longest: tokens of the
-    longest pack to come, so that the slab is made once: pinning it takes a second per few GiB.
-    """
+    """The inputs of `num_layers` layers, the first `offload` of them on the host. longest: tokens of the longest pack
+    to come, so that the slab is made once: pinning it takes a second per few GiB."""
 
     def __init__(
-        self,
-        num_layers: int,
-        offload: int | None,
-        *,
-        bytes_to_come: int = 0,
-        working_units: float = TILED_WORKING_UNITS,
-        longest: int = 0,
-        say: Callable[[str], None] | None = None,
+        self, num_layers: int, offload: int, *, longest: int = 0, say: Callable[[str], None] | None = None
     ) -> None:
-        if offload is not None and not 0 <= offload <= num_layers:
+        if not 0 <= offload <= num_layers:
             raise ValueError(f"offload_checkpoints: {offload} is not accepted; 0 to {num_layers} layers are")
-        self.num_layers = num_layers
-        self._wanted, self._bytes_to_come, self._working_units = offload, bytes_to_come, working_units
+        self.num_layers, self.num_offloaded = num_layers, offload
         self._longest, self._say = longest, say
-        self.num_offloaded = offload or 0
         self._slab: Tensor | None = None  # bytes
         self._slot_bytes = 0  # the largest layer input seen
         self._forward, self._last_index = 0, num_layers
@@ -131,8 +114,6 @@ class CheckpointStore:
             return
         self._free()  # before the larger one is asked for
         self._slot_bytes = num_bytes
-        if self._wanted is None:
-            self.num_offloaded = self._choose(num_bytes, x.device)
         if self.num_offloaded == 0:
             return
         if x.device.type == "cuda" and self._stream is None:
@@ -143,16 +124,6 @@ class CheckpointStore:
                 f"layer inputs: {self.num_offloaded} of {self.num_layers} layers on the host,"
                 f" {self._slab.numel() / 2**30:.3g} GiB"
             )
-
-    def _choose(self, num_bytes: int, device: torch.device) -> int:
-        """As many layers as do not fit the device beside everything else; none where the device is the host."""
-        if device.type != "cuda":
-            return 0
-        free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free -= self._bytes_to_come
-        fitting = int(free / num_bytes - self._working_units)
-        return self.num_layers - max(0, min(self.num_layers, fitting))
 
     def _slot(self, ticket: Ticket) -> Tensor:
         assert self._slab is not None

@@ -3,6 +3,7 @@
 Bytes per trained weight beside the weight itself (bf16), with the gradient kept until the step / freed in the backward:
 
     adamw       unlearn.optim.AdamWSR: 2 + 8 / 8     two float32 states
+    adamw-bf16  the same:              2 + 4 / 4     two bf16 states, rounded stochastically
     adamw8bit   torchao's AdamW8bit:   2 + 2.03 / 2.03   two 8-bit states with a scale per 256; weights of fewer than
                                        4096 values keep states in their own dtype
     adafactor   torch's Adafactor:     2 / 0         row and column sums; 16 bytes per weight of the largest matrix
@@ -14,7 +15,9 @@ a step moves a tensor by lr times its own root mean square, so a rate chosen for
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +26,6 @@ from torch import Tensor
 
 from unlearn.config import TrainConfig
 from unlearn.optim import AdamWSR, restore_states, round_stochastically_
-from unlearn.plan import STATE_BYTES
 
 
 def make_optimizer(config: TrainConfig, weights: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -32,13 +34,9 @@ def make_optimizer(config: TrainConfig, weights: Iterable[Tensor]) -> torch.opti
     return _MAKERS[config.optimizer](list(weights), **options)
 
 
-def bytes_to_come(config: TrainConfig, weights: Iterable[Tensor]) -> int:
-    """What gradients and states will take once the first step is done (a float32 weight's states are as large)."""
-    per_weight = [(w.numel(), w.element_size()) for w in weights if w.requires_grad]
-    grads = sum(n * size for n, size in per_weight)
-    if config.optimizer_in_backward:
-        grads = max((n * size for n, size in per_weight), default=0)
-    return grads + int(sum(n for n, _ in per_weight) * STATE_BYTES[config.optimizer])
+def is_installed(name: str) -> bool:
+    """Whether the library of the optimizer `name` is here."""
+    return name != "adamw8bit" or importlib.util.find_spec("torchao") is not None
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -177,6 +175,7 @@ def _adamw8bit(weights: list[Tensor], *, lr: float, weight_decay: float, seed: i
 
 _MAKERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": AdamWSR,
+    "adamw-bf16": partial(AdamWSR, state_dtype=torch.bfloat16),
     "adamw8bit": _adamw8bit,
     "adafactor": AdafactorSR,
 }

@@ -10,6 +10,7 @@ OUTPUT/lock              held while a run is at work, see alone_in
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -32,14 +33,17 @@ from torch import nn
 
 from unlearn import __version__, adapters, checkpoint
 from unlearn.batches import Step
-from unlearn.config import TrainConfig
+from unlearn.config import TrainConfig, coerce
+from unlearn.engage import OFF, is_open
 from unlearn.files import holding, naming
 from unlearn.memory import is_out_of_memory
 
 METRICS_FILE, MODEL_FOLDER, CHECKPOINT_FOLDER, LOCK_FILE = "metrics.jsonl", "model", "checkpoints", "lock"
 _WEIGHTS, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.pt", "state.json"
 # Settings that a resumed run may change: none of them reaches the weights.
-_FREE_SETTINGS = ("output", "save_every", "reference_cache", "offload_checkpoints", "save_attention")
+_FREE_SETTINGS = (
+    "output", "save_every", "reference_cache", "offload_checkpoints", "save_attention", "gpu_memory", "host_memory",
+)  # fmt: skip
 # What decides the last bit of a result on the same data and settings.
 _BITWISE = ("torch", "transformers", "device", "threads")
 
@@ -189,10 +193,34 @@ def _check_same_run(line: bytes, now: dict[str, Any], path: Path, say: Callable[
             say(f"resuming with {name} {is_now}, begun with {was}: the last bits may differ")
 
 
+def as_begun(config: TrainConfig) -> TrainConfig:
+    """`config` with the measures that it leaves open as the run in its output has them, whatever memory is free now.
+
+    Raises ValueError where one that it names is another. A folder without a run is for open_output to judge.
+    """
+    try:
+        with (Path(config.output) / METRICS_FILE).open("rb") as file:
+            stored = dict(json.loads(file.readline())["config"])
+        was = {name: coerce(name, _stood_at(stored, name)) for name in (*OFF, "optimizer", "optimizer_in_backward")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return config
+    left = [name for name in (*OFF, "optimizer") if is_open(config, name)]
+    _check_same_settings(stored, {name: getattr(config, name) for name in OFF if name not in left})
+    if "optimizer" in left and not config.optimizer_in_backward:
+        left.append("optimizer_in_backward")
+    return dataclasses.replace(config, **{name: was[name] for name in left})
+
+
+def _stood_at(stored: dict[str, Any], name: str) -> Any:
+    """A setting of a stored run. One that its version did not have stood at what is now its default, and a measure that
+    could not be left open yet was off."""
+    value = stored.get(name, getattr(TrainConfig, name, None))
+    return OFF.get(name) if value is None else value
+
+
 def _check_same_settings(stored: dict[str, Any], now: dict[str, Any]) -> None:
     for name, value in now.items():
-        # a setting that the run's version did not have stood at what is now its default
-        was = stored.get(name, getattr(TrainConfig, name, None))
+        was = _stood_at(stored, name)
         if name not in _FREE_SETTINGS and was != value:
             raise ValueError(f"resume: {name} was {was!r} and is now {value!r}; they have to agree")
 

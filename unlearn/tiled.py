@@ -81,6 +81,14 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
+def not_understood(layers: list[nn.Module]) -> str | None:
+    """The class of the first layer that cannot be tiled."""
+    for kind in map(type, layers):
+        if kind.__name__ not in _AFTER_ATTENTION or not kind.__module__.startswith("transformers.models."):
+            return kind.__name__
+    return None
+
+
 @contextlib.contextmanager
 def tiled(
     model: nn.Module, tile_tokens: int, *, store: CheckpointStore | None = None, save_attention: bool = False
@@ -93,10 +101,8 @@ def tiled(
     layers = decoder_layers(model)
     if tile_tokens < 1:
         raise ValueError(f"tile_tokens: {tile_tokens} is not accepted; a number of tokens above 0 is")
-    for layer in layers:
-        kind = type(layer)
-        if kind.__name__ not in _AFTER_ATTENTION or not kind.__module__.startswith("transformers.models."):
-            raise ValueError(f"tile_tokens: {kind.__name__} is not supported; {', '.join(_AFTER_ATTENTION)} are")
+    if (name := not_understood(layers)) is not None:
+        raise ValueError(f"tile_tokens: {name} is not supported; {', '.join(_AFTER_ATTENTION)} are")
     store = store or CheckpointStore(len(layers), 0)
     norm = _final_norm(model, layers)
     before = [(module, vars(module).get("forward")) for module in (*layers, norm) if module is not None]

@@ -25,17 +25,17 @@ from tqdm import tqdm
 
 from unlearn import adapters, reference
 from unlearn.batches import (
+    Packing,
     Step,
     TrainingSet,
     all_steps,
     num_steps_per_epoch,
-    num_tokens,
-    packs_of,
+    packing_of,
     with_reference,
 )
 from unlearn.config import TrainConfig
 from unlearn.data import Item, PackedBatch, Role, Sequence, collate, pack
-from unlearn.forecast import forecast
+from unlearn.forecast import budget_of, forecast, saturated
 from unlearn.longcontext import long_context
 from unlearn.memory import peak_mib, reset_peak
 from unlearn.methods import METHODS, BatchLoss, StepTotals, batch_loss, check_config
@@ -46,6 +46,7 @@ from unlearn.runfiles import (
     METRICS_FILE,
     MODEL_FOLDER,
     alone_in,
+    as_begun,
     load_checkpoint,
     open_output,
     provenance,
@@ -133,19 +134,25 @@ def train(
 ) -> TrainResult:
     """Change `model` in place as `config` says and leave checkpoints, metrics.jsonl and the final model in its output.
 
-    With config.lora the model gets adapters, or keeps those that it came with, and they alone are trained.
+    With config.lora the model gets adapters, or keeps those that it came with, and they alone are trained. Measures
+    that config leaves open are those that the run began with, or are engaged by need (unlearn.forecast).
 
     after_step(k) is called when k optimizer steps are done, and with 0 before the first; its time and memory
     are not counted.
     Raises ValueError for what the user can mend, NonFiniteError and InvariantError as their names say.
     """
     method = check_config(config)
+    if resume:
+        config = as_begun(config)
     output, device = Path(config.output), next(model.parameters()).device
     plan = all_steps(data, config)
     rates = learning_rates(config, data, len(plan))
-    longest = check_packs(plan, config)
+    packing = packing_of(plan, config.max_tokens)
+    check_packs(packing, config)
     if config.lora is not None:
         adapters.attach(model, config)
+    expected = forecast(config, model, packing, budget=budget_of(config, device), device=device)
+    config = expected.config
     header = {
         "config": config.to_dict(),
         "provenance": provenance(model),
@@ -156,12 +163,14 @@ def train(
     with contextlib.ExitStack() as stack:
         optimizer = make_optimizer(config, [p for p in model.parameters() if p.requires_grad])
         # tiled layers recompute themselves
-        stack.enter_context(repeatable(model, recompute=config.gradient_checkpointing and not config.tile_tokens))
+        stack.enter_context(repeatable(model, recompute=bool(config.gradient_checkpointing) and not config.tile_tokens))
+        longest = max(packing.tokens)
         stack.enter_context(long_context(model, config, longest=longest, say=partial(_beside_bars, say)))
         metrics = stack.enter_context(open_output(output, header, resume=resume, say=say))
         if config.lora is not None:
             say(adapters.line(model))
-        expected = forecast(config, model, plan, say=say)
+        for line in [f"warning: {text}" for text in saturated(config, plan)] + expected.lines():
+            say(line)
         stack.enter_context(expected.beside_errors())
         with adapters.as_reference(model):
             ref = compute_reference(config, model, tokenizer, plan, say=say, progress=progress)
@@ -446,20 +455,16 @@ def _stop_or_skip(config: TrainConfig, output: Path, step: Step, row: dict[str, 
 # ------------------------------------------------------------------------------------------------------------ the run
 
 
-def check_packs(plan: list[Step], config: TrainConfig) -> int:
-    """Tokens of the longest micro-batch to come. Raises ValueError where a step in the backward, which takes its whole
-    gradient from one, would need several."""
-    longest = 0
-    for step in plan:
-        packs = packs_of(step, config.max_tokens)
-        if config.optimizer_in_backward and len(packs) > 1:
+def check_packs(packing: Packing, config: TrainConfig) -> None:
+    """Raises ValueError where a step in the backward, which takes its whole gradient from one micro-batch, would need
+    several."""
+    for index, count in enumerate(packing.counts):
+        if config.optimizer_in_backward and count > 1:
             raise ValueError(
-                f"optimizer_in_backward: step {step.index + 1} takes {len(packs)} micro-batches of max_tokens"
+                f"optimizer_in_backward: step {index + 1} takes {count} micro-batches of max_tokens"
                 f" {config.max_tokens}, and gradients are not accumulated; more max_tokens or a smaller batch_size is"
                 " accepted"
             )
-        longest = max(longest, *map(num_tokens, packs))
-    return longest
 
 
 def fingerprint(plan: list[Step]) -> str:

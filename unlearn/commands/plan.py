@@ -10,31 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from unlearn.commands.common import loading, positive, quiet_transformers
-from unlearn.plan import (
-    GIB,
-    IN_BACKWARD,
-    MEASURES,
-    MOMENTS,
-    MOST,
-    OPTIMIZERS,
-    PARTS,
-    RATES,
-    SHAPES,
-    STATE_BYTES,
-    Budget,
-    Load,
-    Plan,
-    Shape,
-    Wanted,
-    choose,
-    longest_context,
-    rates_for,
-    remedies,
-    saturation,
-    shape_of_config,
-)
+from unlearn.config import BY_NEED, TrainConfig
+from unlearn.engage import limits_of, options_of, wanted_of
+from unlearn.measures import GIB, IN_BACKWARD, MEASURES, STATE_BYTES, Load
+from unlearn.plan import MOMENTS, MOST, OPTIMIZERS, PARTS, Budget, Plan, choose, longest_context, remedies
+from unlearn.rates import RATES, rates_for
+from unlearn.saturation import saturation
+from unlearn.shapes import SHAPES, Shape, shape_of_config
 
-_UNITS = {"": GIB, "GIB": GIB, "G": GIB, "GB": 10**9, "MIB": 1 << 20, "TIB": 1 << 40}
 _TITLES = {
     "layer": "one layer's backward",
     "optimizer": "optimizer states",
@@ -57,15 +40,19 @@ def add(commands: Any) -> None:
         "--context", type=_tokens, metavar="N", help="tokens of a document, 131072 or 128k (default: the longest)"
     )
     parser.add_argument(
-        "--gpu-memory",
-        type=_size,
-        required=True,
-        metavar="SIZE",
-        help="24, 80GB (10**9 bytes), 141GiB; a number is GiB",
+        "--gpu-memory", required=True, metavar="SIZE", help="24, 80GB (10**9 bytes), 141GiB; a number is GiB"
     )
-    parser.add_argument("--host-memory", type=_size, metavar="SIZE", help="for checkpoints (default: not limited)")
-    optimizers = [name + suffix for name in STATE_BYTES for suffix in ("", IN_BACKWARD)]
-    parser.add_argument("--optimizer", choices=optimizers, help=f"default, by need: {', '.join(OPTIMIZERS)}")
+    parser.add_argument("--host-memory", metavar="SIZE", help="for checkpoints (default: not limited)")
+    optimizers = [BY_NEED, *(name + suffix for name in STATE_BYTES for suffix in ("", IN_BACKWARD))]
+    parser.add_argument(
+        "--optimizer", choices=optimizers, default=BY_NEED, help=f"default, by need: {', '.join(OPTIMIZERS)}"
+    )
+    both = argparse.BooleanOptionalAction
+    parser.add_argument("--optimizer-in-backward", action="store_true", help=f"what {IN_BACKWARD} says too")
+    parser.add_argument("--gradient-checkpointing", action=both, default=None, help="default, of these four: by need")
+    parser.add_argument("--tile-tokens", type=int, metavar="N", help="as in train; 0 for no tiles")
+    parser.add_argument("--save-attention", action=both, default=None, help="with --tile-tokens")
+    parser.add_argument("--offload-checkpoints", metavar="N", help="layers, all or auto; 0 for none")
     parser.add_argument("--lora", type=positive, metavar="R", help="adapters of rank R, the model frozen")
     parser.add_argument("--qlora", type=positive, metavar="R", help="the same, the layers' matrices in 4 bits")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="default: %(default)s")
@@ -119,14 +106,6 @@ def _tokens(text: str) -> int:
     return value
 
 
-def _size(text: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text)
-    unit = _UNITS.get(found[2].upper()) if found else None
-    if found is None or unit is None or not float(found[1]) > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted; a size such as 24, 80GB or 141GiB is")
-    return float(found[1]) * unit
-
-
 def find_shape(name: str) -> Shape:
     """A folder's or file's configuration, a known model by its own name or a repository's, or the hub's."""
     path = Path(name)
@@ -147,32 +126,56 @@ def find_shape(name: str) -> Shape:
         return shape_of_config(load_config(name), path.name if path.exists() else name)
 
 
+def _settings(args: argparse.Namespace) -> TrainConfig:
+    """The run that has these options; of what else a run needs nothing reaches its memory."""
+    optimizer = args.optimizer.removesuffix(IN_BACKWARD)
+    return TrainConfig(
+        model=args.model,
+        output="OUTPUT",
+        method="npo",
+        lr=1e-5,
+        epochs=1,
+        batch_size=1,
+        seed=0,
+        dtype=args.dtype,
+        lora=args.lora,
+        optimizer="adamw" if args.dtype == "float32" else optimizer,
+        optimizer_in_backward=args.optimizer_in_backward or optimizer != args.optimizer,
+        gradient_checkpointing=args.gradient_checkpointing,
+        tile_tokens=args.tile_tokens,
+        save_attention=args.save_attention,
+        offload_checkpoints=args.offload_checkpoints,
+        gpu_memory=args.gpu_memory,
+        host_memory=args.host_memory,
+    )
+
+
 def _plan(args: argparse.Namespace) -> int:
     if args.lora and args.qlora:
         raise ValueError(f"qlora: {args.qlora} and lora {args.lora}; one of them is accepted")
     for name in ("beta", "drift"):
         if not getattr(args, name) > 0:
             raise ValueError(f"{name}: {getattr(args, name)} is not accepted; a number above 0 is")
-    if args.dtype == "float32" and (args.qlora or args.optimizer not in (None, "adamw")):
+    if args.dtype == "float32" and (args.qlora or args.optimizer not in (BY_NEED, "adamw")):
         raise ValueError("dtype: float32 is planned with adamw alone; bfloat16 is accepted with everything")
     if args.context and args.max_tokens and args.max_tokens < args.context:
         raise ValueError(
             f"max-tokens: {args.max_tokens} is below the context of {args.context}; a document is never cut"
         )
+    config = _settings(args)
     shape = find_shape(args.model)
-    rates = RATES[args.rates] if args.rates else rates_for(args.gpu_memory)
-    budget = Budget(args.gpu_memory, args.host_memory, rates=rates)
-    wanted = Wanted(
-        optimizer=args.optimizer or ("adamw" if args.dtype == "float32" else None),
-        adapter="lora" if args.lora else "qlora" if args.qlora else None,
-        rank=args.lora or args.qlora or 16,
-        itemsize=4 if args.dtype == "float32" else 2,
-        built_only=args.built,
-    )
+    gpu, host = limits_of(config)
+    assert gpu is not None
+    budget = Budget(gpu, host, rates=RATES[args.rates] if args.rates else rates_for(gpu))
+    wanted = dataclasses.replace(wanted_of(config, shape), built_only=args.built)
+    if (wanted.host_layers or 0) > shape.layers:
+        raise ValueError(f"offload_checkpoints: {wanted.host_layers} is not accepted; 0 to {shape.layers} layers are")
+    if args.qlora:
+        wanted = dataclasses.replace(wanted, adapter="qlora", rank=args.qlora)
 
     def load(context: int) -> Load:
         together = max(1, min(args.documents, (args.max_tokens or context) // context))
-        return Load((context,) * together, -(-args.documents // together))
+        return Load((context,) * together, -(-args.documents // together), fixed=args.max_tokens is not None)
 
     longest = longest_context(shape, load, budget, wanted)
     built = longest_context(shape, load, budget, dataclasses.replace(wanted, built_only=True))
@@ -181,6 +184,7 @@ def _plan(args: argparse.Namespace) -> int:
     mended = [] if plan.fits else remedies(plan, load, wanted)
     if args.json:
         extra = {"longest_context": longest, "longest_context_built": built, "would_fit": mended, "warning": warning}
+        extra["options"] = None if plan.on.not_built() else options_of(plan)
         print(json.dumps(plan.to_dict() | extra, allow_nan=False))
         return 0
     print("\n".join(describe(plan)))
@@ -223,6 +227,8 @@ def describe(plan: Plan) -> list[str]:
         lines.append(f"on the host: {_gib(plan.host)} GiB{limit}, {kept}{short}")
     marked = [name + (" (not built)" if name in on.not_built() else "") for name in on.names()]
     lines.append(f"measures: {', '.join(marked)}")
+    if not on.not_built():
+        lines.append(f"as options of `unlearn train`: {' '.join(options_of(plan))}")
     lines.append(f"predicted: {plan.seconds:.3g} s a step on {rates.name} ({rates.source})")
     return lines
 

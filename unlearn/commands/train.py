@@ -106,9 +106,11 @@ def _train(args: argparse.Namespace) -> int:
         return _dry_run(config, args)
     if args.json:
         raise ValueError("json: given, but without --dry-run nothing would read it")
-    from unlearn.runfiles import is_finished
+    from unlearn.runfiles import as_begun, is_finished
     from unlearn.train import MODEL_FOLDER, train
 
+    if args.resume:
+        config = as_begun(config)
     if args.resume and is_finished(Path(config.output), config.to_dict()):
         print(f"the run in {config.output} is finished; its model is in {Path(config.output) / MODEL_FOLDER}")
         return 0
@@ -155,7 +157,7 @@ def _reference(args: argparse.Namespace) -> int:
     if config.lora is not None:
         adapters.attach(model, config)
     if not config.tile_tokens:  # without a backward there is nothing to recompute or offload
-        config = dataclasses.replace(config, offload_checkpoints=None)
+        config = dataclasses.replace(config, offload_checkpoints="0")
     with long_context(model, config, say=print), adapters.as_reference(model):
         ref = compute_reference(config, model, tokenizer, all_steps(data, config), say=print, progress=True)
     print(f"stored in {config.reference_dir} after {ref.seconds:.1f} s")
