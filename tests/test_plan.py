@@ -2,7 +2,7 @@
 
 Meta tensors have a storage of the right size and no memory, so a step at 8B size and 512k tokens takes a second here.
 Flash attention is stood in for by its allocations, CUDA's sizes: the output, the logsumexp, and in the backward dq in
-float32 and the row sums.
+float32, the row sums and, for key heads that several query heads share, dk and dv of every query head.
 """
 
 import functools
@@ -42,8 +42,10 @@ class Flash(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         q, k, v, out, logsumexp = ctx.saved_tensors
-        workspace = torch.empty_like(q, dtype=torch.float32), torch.empty_like(logsumexp)
+        expanded = q if k.shape[1] < q.shape[1] else META(0)
         grads = tuple(map(torch.empty_like, (q, k, v)))
+        sizes = ((q, torch.float32), (logsumexp, None), (expanded, None), (expanded, None))
+        workspace = [torch.empty_like(like, dtype=dtype) for like, dtype in sizes]
         del workspace
         return grads
 
@@ -130,6 +132,7 @@ def measured(name, layers, num_tokens, on, lengths=None):
         switched_on(stack, on, model, live)
         for patch in (
             mock.patch.object(attention.F, "scaled_dot_product_attention", lambda q, k, v, **_: Flash.apply(q, k, v)),
+            mock.patch.object(attention, "takes_fewer_key_heads", lambda *_: True),  # as on CUDA
             mock.patch.object(attention.Segments, "plan", lambda *_: packing),
             mock.patch.dict(options.DEFAULT_WORKSPACE_BYTES, {"cpu": workspace(num_tokens)}),
             mock.patch.object(problem, "_CACHED_BYTES", workspace(num_tokens) // 8),
@@ -201,13 +204,14 @@ def test_the_working_set_alone(on):
     rest = made.moment_total("top layer") - made.moments["top layer"]["layer"] - made.moments["top layer"]["optimizer"]
     found = measured(shape.name, 4, LONG, on)["top layer"] - rest
     assert made.moments["top layer"]["layer"] == pytest.approx(found, rel=0.03)
-    assert (12 if on.tiled else 33) * u < found < (14 if on.tiled else 35) * u
+    assert (10 if on.tiled else 32) * u < found < (12 if on.tiled else 34) * u
 
 
 @pytest.mark.parametrize("on", [CHECKPOINTING, pytest.param(TILED, marks=NEEDS_TILES)])
-def test_sequences_of_several_lengths_are_gathered(on):
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-2-7b"])
+def test_sequences_of_several_lengths_are_gathered(name, on):
     """The plan allows for a quarter of padding, the most there is: two sequences of which one is 5/3 as long."""
-    shape, lengths = SHAPES["llama-3.1-8b"], (LONG // 8 * 5, LONG // 8 * 3)
+    shape, lengths = SHAPES[name], (LONG // 8 * 5, LONG // 8 * 3)
     made = plan.make(plan.replace(shape, layers=2), Load(lengths), in_tiles(on, LONG), Budget(None))
     planned_bytes = made.moment_total("top layer") - made.moments["top layer"]["optimizer"]
     found = measured(shape.name, 2, LONG, on, lengths)["top layer"]

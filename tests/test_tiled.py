@@ -252,6 +252,9 @@ def test_memory_is_linear_in_the_tokens():
     assert large[1] <= small[1] * 1.02
     # 10 u as unlearn.tiled counts them; the rows that were returned, the other layer's input, the rotation, tiles
     assert large[1] <= 10 + 1 + 1 + 0.5 + 1
+    # a quarter of the key heads: keys, values and their gradients take 3 u less, and nothing is repeated; the tiles
+    # behind the core then hold the most
+    assert held(512, kv_heads=1)[1] < large[1] - 2.5
 
 
 # ------------------------------------------------------------------------------------------------------ installation
