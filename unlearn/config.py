@@ -103,6 +103,11 @@ class TrainConfig:
         "run decoder layers on this many tokens at a time, all but the attention, and recompute them (0: off)",
         default=0,
     )
+    liger_kernels: bool = option(
+        "liger-kernel's RMSNorm, rotation and SwiGLU in layers that are not tiled (GPU; llama, mistral, qwen2, qwen3, "
+        "phi3)",
+        default=False,
+    )
     save_attention: bool = option("with tile_tokens: keep attention outputs, recompute the rest", default=False)
     offload_checkpoints: str | None = option(
         "layers whose recomputation starts from inputs kept in host memory: a number, all, or auto", default=None
@@ -163,6 +168,11 @@ class TrainConfig:
             raise ValueError(f"tile_tokens: {self.tile_tokens} is not accepted; a number of 0 or more is")
         if self.save_attention and not self.tile_tokens:
             raise ValueError("save_attention: given, but without tile_tokens nothing would read it")
+        if self.liger_kernels and self.tile_tokens:
+            raise ValueError(
+                f"liger_kernels: not accepted with tile_tokens {self.tile_tokens}; a tiled layer keeps nothing that"
+                " they would save"
+            )
         wanted = self.offload_checkpoints
         if wanted is not None:
             if wanted not in ("all", "auto") and not (wanted.isascii() and wanted.isdigit()):

@@ -3,7 +3,8 @@
 Pure arithmetic (no torch): bytes of weights, gradients, optimizer states, checkpoints, one layer's working set and the
 head, as unlearn.train's loop allocates them, and the measures that make a context fit. Peak memory is affine in the
 number of tokens and in the number of layers, so every part is a coefficient; tests/test_plan.py counts the live
-storages of real transformers layers on the meta device against them.
+storages of real transformers layers on the meta device against them. What liger-kernel's layers save
+(--liger-kernels) is not counted.
 
 Four moments compete for the peak, and which one wins depends on the length:
 
