@@ -11,8 +11,9 @@ from tests.tiny import tiny_llama
 from unlearn import optimizers
 from unlearn.attention import Segments
 from unlearn.config import OPTIMIZERS, TrainConfig
+from unlearn.optim import AdamWOffload
 from unlearn.optimizers import InBackward, bytes_to_come, gradient_norm, make_optimizer, set_lr, tensor_norm
-from unlearn.plan import STATE_BYTES
+from unlearn.plan import HOST_STATE_BYTES, STATE_BYTES
 
 
 def config(**values):
@@ -145,6 +146,7 @@ def test_bytes_to_come():
     assert bytes_to_come(config(), model.parameters()) == 10 * count
     assert bytes_to_come(config(optimizer_in_backward=True), model.parameters()) == 8 * count + 2 * largest
     assert bytes_to_come(config(optimizer="adafactor"), model.parameters()) == 2 * count
+    assert bytes_to_come(config(optimizer="adamw-offload"), model.parameters()) == 2 * count
     model.requires_grad_(False)
     assert bytes_to_come(config(), model.parameters()) == 0
 
@@ -159,6 +161,7 @@ def hidden_of(model):
 MAKERS = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
     "adamw": lambda params: make_optimizer(config(weight_decay=0.1), params),
+    "adamw-offload": lambda params: AdamWOffload(params, lr=1e-3, weight_decay=0.1, seed=3),
     "adafactor": lambda params: make_optimizer(config(optimizer="adafactor"), params),
 }
 
@@ -202,7 +205,7 @@ def test_no_two_gradients_are_alive():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"optimizer": "sgd"}, "optimizer: 'sgd' is not accepted; adamw, adamw8bit, adafactor are"),
+        ({"optimizer": "sgd"}, "optimizer: 'sgd' is not accepted; adamw, adamw-offload, adamw8bit, adafactor are"),
         ({"optimizer_in_backward": True, "max_grad_norm": 1.0}, "not accepted with max_grad_norm 1.0"),
         ({"optimizer_in_backward": True, "on_non_finite": "skip"}, "not accepted with on_non_finite skip"),
     ],
@@ -214,4 +217,11 @@ def test_combinations_that_cannot_be_are_refused(values, message):
 
 
 def test_every_optimizer_has_a_maker_and_a_size():
-    assert set(optimizers._MAKERS) == set(OPTIMIZERS) <= set(STATE_BYTES)
+    assert set(optimizers._MAKERS) == set(OPTIMIZERS) <= set(STATE_BYTES) > set(HOST_STATE_BYTES)
+
+
+def test_states_on_the_host_are_for_a_gpu():
+    with pytest.raises(
+        ValueError, match="^optimizer: adamw-offload spares a GPU's memory and the model is on 'cpu'; adam"
+    ):
+        make_optimizer(config(optimizer="adamw-offload"), weights())

@@ -102,12 +102,12 @@ def switched_on(stack, on, model, live):
         return
     from unlearn import offload, tiled
 
-    def host_bytes(num_bytes, device):
+    def host_bytes(num_bytes, *_):
         slab = META(num_bytes, dtype=torch.uint8)
         live.ignore(slab)
         return slab
 
-    stack.enter_context(mock.patch.object(offload, "_host_bytes", host_bytes))
+    stack.enter_context(mock.patch.object(offload, "host_bytes", host_bytes))
     store = offload.CheckpointStore(len(model.base_model.layers), on.host_layers)
     stack.enter_context(tiled.tiled(model, on.tile_tokens, store=store))
 
@@ -335,7 +335,7 @@ def test_what_is_not_built_reaches_no_context():
 
 
 def test_adapters_are_used_only_when_asked_for_and_named_as_a_remedy():
-    card = Budget(24 * GIB, 64 * GIB)
+    card = Budget(24 * GIB, 32 * GIB)  # too small a host for optimizer states
     made = choose(EIGHT, Load((8192,), 2), card, Wanted())
     assert not made.fits and made.on.adapter is None
     text = "; ".join(plan.remedies(made, lambda n: Load((n,), 2), Wanted()))
@@ -357,6 +357,26 @@ def test_stepping_in_the_backward_takes_the_whole_step_in_one_pack():
     made = plan.make(EIGHT, Load((1000,), 2), on, H200)
     assert made.load == Load((1000, 1000), 1)
     assert made.part("gradients") == 2 * EIGHT.head_params
+
+
+def test_states_on_the_host_take_none_of_the_gpus_memory_but_two_pairs_of_slices():
+    """8.030e9 weights: 59.83 GiB on the host, which cross the bus both ways, and 256 MiB on the GPU."""
+    load, on = Load((1024,), 2), Measures(optimizer="adamw-offload")
+    plain, offloaded = (plan.make(EIGHT, load, measures, H200) for measures in (Measures(), on))
+    assert offloaded.part("optimizer") == 2 * 2 * 4 * (1 << 24)
+    assert offloaded.host / GIB == offloaded.host_states / GIB == pytest.approx(59.83, abs=0.01)
+    assert offloaded.seconds - plain.seconds == pytest.approx(16 * 8.030e9 / 50e9, rel=1e-3)
+    assert plan.make(EIGHT, load, plan.replace(on, itemsize=4), H200).host == offloaded.host
+
+
+def test_on_80_gb_states_go_to_the_host_before_gradients_are_given_up():
+    card = Budget(80e9, 200 * GIB, rates=plan.RATES["h100"])
+    longest = longest_context(EIGHT, lambda n: Load((n,), 2), card, Wanted(built_only=True))
+    eight_bits = longest_context(EIGHT, lambda n: Load((n,), 2), card, Wanted(optimizer="adamw8bit"))
+    made = choose(EIGHT, Load((eight_bits + plan.STEP,), 2), card, Wanted())
+    assert made.on.optimizer == "adamw-offload" and not made.on.in_backward
+    assert made.host == made.host_states + made.on.host_layers * 2 * made.load.tokens * 4096
+    assert longest > 1.5 * eight_bits
 
 
 def test_static_sizes_of_published_models():

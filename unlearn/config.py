@@ -23,7 +23,7 @@ from unlearn.sources import parse_fields
 RETAIN_TERMS = ("none", "nll", "kl")
 # What float32 can divide by and multiply with: beyond, a run would end in its first step.
 _SMALLEST, _LARGEST = 1e-30, 1e30
-OPTIMIZERS = ("adamw", "adamw8bit", "adafactor")
+OPTIMIZERS = ("adamw", "adamw-offload", "adamw8bit", "adafactor")
 DTYPES = ("float32", "bfloat16")  # float16 weights would need a loss scale
 
 
@@ -91,7 +91,8 @@ class TrainConfig:
     )
     lora_merge: bool = option("save the whole model with its adapters merged in, not the adapters", default=False)
     optimizer: str = option(
-        "adamw, adamw8bit (torchao: 8-bit states) or adafactor (nearly no states; lr is relative to a weight's size)",
+        "adamw, adamw-offload (the same with its states in host memory, GPU), adamw8bit (torchao: 8-bit states) or "
+        "adafactor (nearly no states; lr is relative to a weight's size)",
         default="adamw",
     )
     optimizer_in_backward: bool = option(

@@ -19,7 +19,7 @@ from unlearn.config import TrainConfig
 from unlearn.data import Role, Sequence
 from unlearn.methods import check_config
 from unlearn.model import check_ids
-from unlearn.plan import STATE_BYTES
+from unlearn.plan import HOST_STATE_BYTES, STATE_BYTES
 from unlearn.runfiles import METRICS_FILE
 from unlearn.scoring import unique
 from unlearn.train import check_packs, learning_rates, reference_sequences
@@ -39,6 +39,7 @@ def dry_run(config: TrainConfig, skeleton: nn.Module, tokenizer: Any, data: Trai
     trained = [p for p in parameters if p.requires_grad]
     weight_bytes, trained_bytes = (sum(p.numel() * p.element_size() for p in ps) for ps in (parameters, trained))
     optimizer_bytes = round(sum(p.numel() for p in trained) * STATE_BYTES[config.optimizer])
+    host_bytes = sum(p.numel() for p in trained) * HOST_STATE_BYTES.get(config.optimizer, 0)
     gradient_bytes = trained_bytes
     if config.optimizer_in_backward:  # one weight's at a time
         gradient_bytes = max(p.numel() * p.element_size() for p in trained)
@@ -65,9 +66,10 @@ def dry_run(config: TrainConfig, skeleton: nn.Module, tokenizer: Any, data: Trai
             "weights": weight_bytes,
             "gradients": gradient_bytes,
             "optimizer": optimizer_bytes,
+            "optimizer_host": host_bytes,
             "reference_head": copied_head,
             "static": weight_bytes + gradient_bytes + optimizer_bytes + copied_head,
-            "checkpoint": trained_bytes + optimizer_bytes,
+            "checkpoint": trained_bytes + optimizer_bytes + host_bytes,
             "final_model": trained_bytes if config.lora is not None and not config.lora_merge else weight_bytes,
         },
         "checkpoints": (len(plan) - 1) // config.save_every if config.save_every else 0,
@@ -198,6 +200,7 @@ def lines(found: dict[str, Any]) -> list[str]:
             "static memory",
             f"{_bytes(size['static'])}: weights {_bytes(size['weights'])}, gradients {_bytes(size['gradients'])}, "
             f"optimizer {_bytes(size['optimizer'])}"
+            + (f" (and {_bytes(size['optimizer_host'])} on the host)" if size["optimizer_host"] else "")
             + (f", reference head {_bytes(size['reference_head'])}" if size["reference_head"] else "")
             + "; activations come on top",
         ),

@@ -3,6 +3,7 @@
 Bytes per trained weight beside the weight itself (bf16), with the gradient kept until the step / freed in the backward:
 
     adamw       unlearn.optim.AdamWSR: 2 + 8 / 8     two float32 states
+    adamw-offload  the same bits:      2 / 0         and 8 bytes on the host (unlearn.optim.AdamWOffload)
     adamw8bit   torchao's AdamW8bit:   2 + 2.03 / 2.03   two 8-bit states with a scale per 256; weights of fewer than
                                        4096 values keep states in their own dtype
     adafactor   torch's Adafactor:     2 / 0         row and column sums; 16 bytes per weight of the largest matrix
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from unlearn.config import TrainConfig
-from unlearn.optim import AdamWSR, restore_states, round_stochastically_
+from unlearn.optim import AdamWOffload, AdamWSR, restore_states, round_stochastically_
 from unlearn.plan import STATE_BYTES
 
 
@@ -164,6 +165,15 @@ class _OwnNoise:
         self._noise = [state.cpu() for state in state_dict["noise"]]
 
 
+def _adamw_offload(weights: list[Tensor], **options: Any) -> torch.optim.Optimizer:
+    device = weights[0].device.type
+    if device != "cuda":
+        raise ValueError(
+            f"optimizer: adamw-offload spares a GPU's memory and the model is on {device!r}; adamw is accepted"
+        )
+    return AdamWOffload(weights, **options)
+
+
 def _adamw8bit(weights: list[Tensor], *, lr: float, weight_decay: float, seed: int) -> torch.optim.Optimizer:
     try:
         from torchao.optim import AdamW8bit
@@ -177,6 +187,7 @@ def _adamw8bit(weights: list[Tensor], *, lr: float, weight_decay: float, seed: i
 
 _MAKERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": AdamWSR,
+    "adamw-offload": _adamw_offload,
     "adamw8bit": _adamw8bit,
     "adafactor": AdafactorSR,
 }

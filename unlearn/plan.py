@@ -162,6 +162,7 @@ MEASURES = {
     "tiled layers": Measure("everything but the attention in tiles of tokens (--tile-tokens)", True),
     "checkpoints on host": Measure("layers' inputs wait in pinned host memory (--offload-checkpoints)", True),
     "adamw": Measure("AdamW, float32 states, bf16 weights rounded stochastically", True),
+    "adamw-offload": Measure("the same bits, its states in pinned host memory (--optimizer adamw-offload)", True),
     "adamw-bf16": Measure("the same with bf16 states (unlearn.optim has them, no option yet)", False),
     "adamw8bit": Measure("8-bit states in blocks of 256 (--optimizer adamw8bit)", True),
     "adafactor": Measure("row and column sums for states (--optimizer adafactor); planned only where asked for", True),
@@ -170,7 +171,14 @@ MEASURES = {
     "qlora": Measure("the same; the layers' matrices in 4 bits", False),
 }
 # Bytes of optimizer states per trained weight; 8 bits: two states of one byte and a float32 scale for each 256.
-STATE_BYTES = {"adamw": 2 * FLOAT32, "adamw-bf16": 2 * 2, "adamw8bit": 2 * (1 + FLOAT32 / 256), "adafactor": 0}
+STATE_BYTES = {
+    "adamw": 2 * FLOAT32,
+    "adamw-offload": 0,
+    "adamw-bf16": 2 * 2,
+    "adamw8bit": 2 * (1 + FLOAT32 / 256),
+    "adafactor": 0,
+}
+HOST_STATE_BYTES = {"adamw-offload": 2 * FLOAT32}
 IN_BACKWARD = "-in-backward"
 # nf4: half a byte, and one scale for 64 weights, itself quantized to 8 bits in blocks of 256 (arXiv:2305.14314)
 _NF4_BYTES = 0.5 + (1 + FLOAT32 / 256) / 64
@@ -265,9 +273,15 @@ def gradient_bytes(shape: Shape, on: Measures) -> float:
 
 
 def state_bytes(shape: Shape, on: Measures) -> float:
-    """float32 weights keep float32 states."""
+    """On the GPU; float32 weights keep float32 states. Of states on the host, two pairs of slices are here."""
+    if on.optimizer in HOST_STATE_BYTES:
+        return 2.0 * 2 * FLOAT32 * min(_SLICE, shape.head_params)
     per_weight = 2 * FLOAT32 if on.itemsize == FLOAT32 else STATE_BYTES[on.optimizer]
     return per_weight * trained_params(shape, on)
+
+
+def host_state_bytes(shape: Shape, on: Measures) -> float:
+    return float(HOST_STATE_BYTES.get(on.optimizer, 0) * trained_params(shape, on))
 
 
 def update_bytes(on: Measures, largest: int) -> float:
@@ -430,7 +444,8 @@ def step_seconds(shape: Shape, load: Load, on: Measures, rates: Rates) -> float:
 
     A token through P weights costs 2P; gradients 4P more (2P where weights are frozen), recomputing 2P, tiles 2P of
     q, k, v again. Attention costs 2 T^2 Q forward, 2.5 times that backward. The head takes 4 of 2NHV, 3 frozen: a
-    document longer than the workspace computes E twice. AdamW's unfused passes move 150 bytes a weight.
+    document longer than the workspace computes E twice. AdamW's unfused passes move 150 bytes a weight; states on the
+    host cross the bus both ways.
     """
     frozen = on.adapter is not None
     weights = shape.layer_matmul_params * shape.layers
@@ -443,7 +458,8 @@ def step_seconds(shape: Shape, load: Load, on: Measures, rates: Rates) -> float:
     attention = scores * ((1 + on.checkpointing) / rates.attention_forward + 2.5 / rates.attention_backward)
     moved = 2 * on.host_layers * checkpoint_bytes(shape, load.tokens, on) / (rates.host * 1e9)
     pack = (linear / rates.linear + attention) / 1e12 + moved
-    return load.packs * pack + 150 * trained_params(shape, on) / (rates.memory * 1e12)
+    visits = 2 * host_state_bytes(shape, on) / (rates.host * 1e9)
+    return load.packs * pack + 150 * trained_params(shape, on) / (rates.memory * 1e12) + visits
 
 
 # ----------------------------------------------------------------------------------------------------------------- plan
@@ -463,6 +479,11 @@ class Plan:
     moments: dict[str, dict[str, float]]
     host: float
     seconds: float
+
+    @property
+    def host_states(self) -> float:
+        """What the optimizer's states take of `host`; the rest is checkpoints."""
+        return host_state_bytes(self.shape, self.on)
 
     def moment_total(self, moment: str) -> float:
         return sum(self.moments[moment].values())
@@ -505,7 +526,8 @@ class Plan:
             "measures": asdict(self.on) | {"names": self.on.names(), "not_built": self.on.not_built()},
             "moments": self.moments,
             "peak_moment": self.peak_moment,
-            "parts": {name: self.part(name) for name in PARTS} | {"checkpoints_host": self.host},
+            "parts": {name: self.part(name) for name in PARTS}
+            | {"checkpoints_host": self.host - self.host_states, "optimizer_host": self.host_states},
             "total": self.total,
             "reserve": self.reserve,
             "gpu": self.budget.gpu,
@@ -560,7 +582,8 @@ def make(shape: Shape, load: Load, on: Measures, budget: Budget) -> Plan:
         for moment in ("top layer", "bottom layer"):
             moments[moment]["update"] = update_bytes(on, _largest_matrix(shape))
     moments = {name: always | parts for name, parts in moments.items()}
-    return Plan(shape, load, on, budget, moments, on.host_layers * one, step_seconds(shape, load, on, budget.rates))
+    host = on.host_layers * one + host_state_bytes(shape, on)
+    return Plan(shape, load, on, budget, moments, host, step_seconds(shape, load, on, budget.rates))
 
 
 def ladder(shape: Shape, load: Load, on: Measures, budget: Budget, *, optimizers: tuple[str, ...]) -> Iterator[Plan]:
@@ -599,7 +622,7 @@ class Wanted:
     built_only: bool = False
 
 
-OPTIMIZERS = ("adamw", "adamw8bit", "adamw8bit" + IN_BACKWARD)
+OPTIMIZERS = ("adamw", "adamw8bit", "adamw-offload", "adamw8bit" + IN_BACKWARD, "adamw-offload" + IN_BACKWARD)
 
 
 def choose(shape: Shape, load: Load, budget: Budget, wanted: Wanted) -> Plan:
