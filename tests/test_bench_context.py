@@ -295,6 +295,16 @@ def test_attention_rows_and_a_wrong_core(tmp_path, monkeypatch):
     assert "refused" in gpu_summary.summary(tmp_path, ["train-a"])
 
 
+def test_repeated_keys_are_timed_beside_ours_where_there_are_fewer(tmp_path, monkeypatch):
+    both = [one for one in gpu_attention.providers() if one.name.startswith("unlearn")]
+    monkeypatch.setattr(gpu_attention, "providers", lambda: both)
+    assert run_part(tmp_path, "--rounds=1", module=gpu_attention) == 0
+    rows = rows_of(tmp_path, "train-a", "attention")
+    assert {row["model"] for row in rows} == {"8b", "7b"} and all(row["forward_ms"] > 0 for row in rows)
+    assert {row["model"] for row in rows if row["provider"] == "unlearn, keys repeated"} == {"8b"}
+    assert {row["kernel"] for row in rows if row.get("kernel")} == {"flash_attention"}
+
+
 def test_tables_show_what_was_measured_and_nothing_of_a_dry_run(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "read", lambda name: read(name, tmp_path))
     tables = {"train-b": "gpu-depth", "train-c": "gpu-context", "train-d": "gpu-ablation"}

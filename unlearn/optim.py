@@ -4,6 +4,8 @@ bf16 values near 0.02 are 1.2e-4 apart, and a step moves a weight only past half
 six times too small and are dropped whole. Over N(0, 0.02) weights plain bf16 AdamW travels 18 % of the intended
 distance. Rounding up with a probability equal to the fraction lost keeps the expectation exact, at 2 bytes per weight
 where float32 master weights cost 4 more.
+
+The two states are as large as four bf16 weights. AdamWOffload keeps them on the host, for the price of the bus.
 """
 
 from __future__ import annotations
