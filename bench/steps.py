@@ -254,8 +254,11 @@ class Optimizers:
 
     @property
     def state_bytes(self) -> int:
+        """On the weights' device."""
         states = self.optimizer.state.values() if self.optimizer is not None else ()
-        return tensor_bytes([value for state in states for value in state.values() if isinstance(value, Tensor)])
+        held = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        here = tensor_bytes([tensor for tensor in held if tensor.device == self.weights[0].device])
+        return here + getattr(self.optimizer, "staged_bytes", 0)
 
 
 def measured(way: Ours, optimizers: Optimizers, *, warmup_tokens: int, another: Callable[[float], bool]) -> Fields:

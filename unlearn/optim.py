@@ -177,6 +177,11 @@ class AdamWOffload(AdamWSR):
                 weakref.finalize(self, _give_back, slab, self._stream).atexit = False
         self._staged = [[torch.empty(largest, dtype=torch.uint8, device=device) for _ in _STATES] for _ in range(2)]
 
+    @property
+    def staged_bytes(self) -> int:
+        """All that the device holds of the states."""
+        return sum(tensor.nbytes for pair in self._staged for tensor in pair)
+
     def state_dict(self) -> dict[str, Any]:
         self._settle()
         return super().state_dict()
