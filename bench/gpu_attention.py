@@ -2,8 +2,9 @@
 
 One sequence of 32k and of 128k tokens, and the same number of tokens as sixteen sequences packed end to end, with the
 heads of Llama-3.1-8B (grouped) and Llama-2-7B. `unlearn` is the path of this project's own models, whatever kernel
-scaled_dot_product_attention picks for it; the others are called as their authors mean them to be. Times are of one
-layer's core; TFLOP/s count the causal half, and a backward as 2.5 forwards.
+scaled_dot_product_attention picks for it, `unlearn, keys repeated` the same with as many key heads as query heads made
+first; the others are called as their authors mean them to be. Times are of one layer's core; TFLOP/s count the causal
+half, and a backward as 2.5 forwards.
 
 A provider has a speed only if output and gradients are right: float64 attention of the last queries and keys of the
 first and of the last sequence, whose gradients depend on nothing behind them.
@@ -29,7 +30,7 @@ from bench.models import attention_flop, shapes
 from bench.part import Part
 from bench.rows import first_line
 from bench.timing import Interleaved, Stopwatch, peak_if_any, quartiles, release
-from unlearn.attention import Segments, packed_attention
+from unlearn.attention import Segments, packed_attention, takes_fewer_key_heads
 from unlearn.shapes import Shape
 
 CONTEXTS, TINY_CONTEXTS = (32768, 131072), (96, 192)
@@ -83,17 +84,24 @@ Core = Callable[[Inputs], Tensor]
 @dataclass(frozen=True)
 class Provider:
     """core: output [T, heads, D] of inputs; module: what has to be importable; packed: takes several sequences without
-    a mask of all pairs; compiles: for every case anew, so that it comes after all others."""
+    a mask of all pairs; grouped: only where key heads are fewer than query heads; compiles: for every case anew, so
+    that it comes after all others."""
 
     name: str
     core: Core
     packed: bool = True
+    grouped: bool = False
     module: str | None = None
     compiles: bool = False
 
 
 def ours(inputs: Inputs) -> Tensor:
     return packed_attention(torch.nn.Module(), *inputs.batched, None, segments=inputs.segments)[0][0]
+
+
+def ours_repeated(inputs: Inputs) -> Tensor:
+    repeated = (tensor.repeat_interleave(_repeats(inputs), 1) for tensor in inputs.batched[1:])
+    return packed_attention(torch.nn.Module(), inputs.batched[0], *repeated, None, segments=inputs.segments)[0][0]
 
 
 def sdpa(backend: SDPBackend, inputs: Inputs) -> Tensor:
@@ -103,19 +111,26 @@ def sdpa(backend: SDPBackend, inputs: Inputs) -> Tensor:
 
 
 def kernel_of(inputs: Inputs) -> str | None:
-    """What scaled_dot_product_attention picks for this project's path: keys repeated, one causal call."""
+    """What scaled_dot_product_attention picks for this project's path, one causal call, and whether keys go to it
+    repeated."""
     if len(inputs.lengths) > 1:
         return None
     query, key, value = inputs.batched
-    repeats = query.shape[1] // key.shape[1]
-    key, value = (tensor.repeat_interleave(repeats, 1) for tensor in (key, value))
+    grouped = _gqa(inputs) and takes_fewer_key_heads(query, key, value, None, 0.0)
+    if not grouped:
+        key, value = (tensor.repeat_interleave(_repeats(inputs), 1) for tensor in (key, value))
     with contextlib.suppress(AttributeError, RuntimeError, ValueError):  # no public name says it
-        return SDPBackend(torch._fused_sdp_choice(query, key, value, None, 0.0, True)).name.lower()
+        choice = torch._fused_sdp_choice(query, key, value, None, 0.0, True, enable_gqa=grouped)
+        return SDPBackend(choice).name.lower() + (", keys repeated" if _gqa(inputs) and not grouped else "")
     return None
 
 
+def _repeats(inputs: Inputs) -> int:
+    return inputs.query.shape[1] // inputs.key.shape[1]
+
+
 def _gqa(inputs: Inputs) -> bool:
-    return inputs.query.shape[1] != inputs.key.shape[1]
+    return _repeats(inputs) > 1
 
 
 def varlen(inputs: Inputs) -> Tensor:
@@ -178,6 +193,7 @@ class Flex:
 def providers() -> list[Provider]:
     return [
         Provider("unlearn", ours),
+        Provider("unlearn, keys repeated", ours_repeated, grouped=True),
         Provider("sdpa flash", functools.partial(sdpa, SDPBackend.FLASH_ATTENTION), packed=False),
         Provider("sdpa cudnn", functools.partial(sdpa, SDPBackend.CUDNN_ATTENTION), packed=False),
         Provider("torch varlen", varlen, module="torch.nn.attention.varlen"),
@@ -200,7 +216,7 @@ def truth_of(inputs: Inputs, sequence: int) -> Truth:
     start, end = inputs.cu_seqlens[sequence].item(), inputs.cu_seqlens[sequence + 1].item()
     first = max(start, end - CHECKED)
     rows, seen = slice(first, end), slice(start, end)
-    repeats = inputs.query.shape[1] // inputs.key.shape[1]
+    repeats = _repeats(inputs)
     hidden = torch.arange(start, end, device=inputs.query.device) > torch.arange(
         first, end, device=inputs.query.device
     ).unsqueeze(1)
@@ -264,7 +280,11 @@ def measure(part: Part) -> None:
     stopwatch = Stopwatch(part.device)
     for index, (compiles, name, shape, context, packed) in enumerate(cases):
         what = {"model": name, "context": context, "packed": packed}
-        taking = [one for one in here if one.compiles == compiles and (one.packed or not packed)]
+        taking = [
+            one
+            for one in here
+            if one.compiles == compiles and (one.packed or not packed) and (not one.grouped or fewer_keys(shape))
+        ]
         if part.budget.spent:
             for provider in taking:
                 part.leave_out({"provider": provider.name, **what})
@@ -274,6 +294,10 @@ def measure(part: Part) -> None:
         seconds = part.budget.left / (len(cases) - index) * 0.5
         measure_case(part, stopwatch, what, Inputs.make(shape, lengths, part.device), taking, seconds)
         release(part.device)
+
+
+def fewer_keys(shape: Shape) -> bool:
+    return shape.kv_heads < shape.heads
 
 
 def packed_lengths(context: int) -> list[int]:

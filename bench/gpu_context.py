@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -174,8 +175,8 @@ class Bench:
 
 
 def measures_of(config: TrainConfig) -> Fields:
-    names = ("gradient_checkpointing", "tile_tokens", "offload_checkpoints", "save_attention", "optimizer",
-             "optimizer_in_backward")  # fmt: skip
+    names = ("gradient_checkpointing", "liger_kernels", "tile_tokens", "offload_checkpoints", "save_attention",
+             "optimizer", "optimizer_in_backward")  # fmt: skip
     return {name: getattr(config, name) for name in names if getattr(config, name) not in (OFF.get(name), False)}
 
 
@@ -276,11 +277,12 @@ def candidates(bench: Bench, shape: Shape, context: int) -> Iterator[Plan]:
 
 @dataclass(frozen=True)
 class Rung:
-    """One more measure than the rung before."""
+    """One more measure than the rung before; liger is one that the plan does not count."""
 
     name: str
     way: type[Ours]
     on: Measures
+    liger: bool = False
 
 
 def rungs(bench: Bench, shape: Shape, optimizer: str) -> Iterator[Rung]:
@@ -289,11 +291,17 @@ def rungs(bench: Bench, shape: Shape, optimizer: str) -> Iterator[Rung]:
     yield Rung("+ this project's loss and packing", Ours, on)
     recomputed = dataclasses.replace(on, checkpointing=True)
     yield Rung("+ layers recomputed", Ours, recomputed)
+    on_gpu = bench.device.type == "cuda"
+    if on_gpu and importlib.util.find_spec("liger_kernel") is not None:
+        yield Rung("+ liger-kernel's layers", Ours, recomputed, liger=True)
     tiled = dataclasses.replace(recomputed, tiled=True)
     yield Rung("+ layers tiled", Ours, tiled)
     offloaded = dataclasses.replace(tiled, host_layers=shape.layers)
     yield Rung("+ layers' inputs on the host", Ours, offloaded)
     yield Rung("+ attention's output kept", Ours, dataclasses.replace(offloaded, save_attention=True))
+    away = dataclasses.replace(offloaded, optimizer="adamw-offload")
+    if on_gpu and planning.make(shape, Load((bench.sizes.ablation,), packs=2), away, bench.budget).fits:
+        yield Rung("+ AdamW's states on the host, attention's output not kept", Ours, away)
     lean = dataclasses.replace(offloaded, optimizer=OPTIMIZERS[-1])
     yield Rung("+ Adafactor, attention's output not kept", Ours, lean)
     yield Rung("+ stepped in the backward", Ours, dataclasses.replace(lean, in_backward=True))
@@ -312,7 +320,7 @@ def ablation(bench: Bench) -> None:
         for rung in rungs(bench, shape, optimizer):
             plan = planning.make(shape, load, rung.on, bench.budget)
             what = {"model": "8b", "layers": shape.layers, "context": context, "rung": rung.name}
-            config = bench.config(rung.on)
+            config = bench.config(rung.on, liger_kernels=rung.liger)
             if (rung.way, config) == previous or not bench.room_for(what, plan):
                 continue
             previous = rung.way, config

@@ -4,8 +4,9 @@ A row per check: {check, passed, error, bound}. Errors are relative to float64 o
 torch's own in the same dtype plus a small constant (tests/kernels/cases.py); token log-probabilities to 1e-5 nats rms,
 on a GPU plus what its matrix cores' sums are off by themselves (bench/inputs.py, matrix_core_error).
 A check that raises is a failed row and the next one goes on. On a GPU the checks run in several processes, as nearly
-all their time goes into compiling (bench/workers.py). Needs torch and triton alone; with --pytest-seconds and where
-pytest is installed, tests/kernels follow.
+all their time goes into compiling (bench/workers.py). One more group holds optimizer states in host memory to the bits
+of those on the device. Needs torch and triton alone; with --pytest-seconds and where pytest is installed, tests/kernels
+follow.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from bench.providers import ERROR_TARGET, Ours, variants
 from bench.rows import ROOT, first_line
 from bench.timing import graphed, release
 from bench.workers import Pool, Task, serve
+from unlearn.optim import AdamWOffload, AdamWSR
 from unlearn_kernels import Options, reference
 
 
@@ -566,9 +568,31 @@ def second_device(make: Maker) -> Iterator[Check]:
         )  # fmt: skip
 
 
+def states_on_the_host(make: Maker) -> Iterator[Check]:
+    """Whose copies run on a stream of their own: five steps of several slices each, weights and states to the bit."""
+
+    def steps(kind: type[AdamWSR]) -> list[Tensor]:
+        generator = torch.Generator(make.device).manual_seed(0)
+        rows = 48 if make.tiny else 9000
+        weights = [
+            torch.randn(size, generator=generator, device=make.device).to(dtype).requires_grad_()
+            for size, dtype in (((rows, 4096), BF16), ((4096, rows), FP32), ((517,), BF16))
+        ]
+        optimizer = kind(weights, lr=1e-2, weight_decay=0.1, seed=1)
+        for _ in range(5):
+            for weight in weights:
+                drawn = torch.randn(weight.shape, generator=generator, device=make.device)
+                weight.grad = drawn.to(weight.dtype)
+            optimizer.step()
+        states = optimizer.state_dict()["state"].values()
+        return [*weights, *(state[name].cpu() for state in states for name in ("exp_avg", "exp_avg_sq"))]
+
+    yield "AdamWOffload, weights and states", lambda: same_bits(steps(AdamWOffload), steps(AdamWSR))
+
+
 # What breaks most often first: the time may run out.
 GROUPS = (functions, plans, bad_targets, both_ends, large, graphs, heads, repeats, strides, statistics_and_packing,
-          vocabularies_and_widths, compiled, second_device, shapes)  # fmt: skip
+          vocabularies_and_widths, compiled, second_device, states_on_the_host, shapes)  # fmt: skip
 
 
 CHECKS_PER_TASK = 6

@@ -133,20 +133,20 @@ class Ours:
     @contextlib.contextmanager
     def _pinning_timed(self) -> Iterator[None]:
         """The slab of host memory is made in the first forward and takes seconds; they are booked apart."""
-        make = offload._host_bytes
+        make = offload.host_bytes
 
-        def timed(num_bytes: int, device: torch.device) -> Tensor:
+        def timed(num_bytes: int, *asked: Any) -> Tensor:
             start = time.perf_counter()
-            slab = make(num_bytes, device)
+            slab = make(num_bytes, *asked)
             self.pinning_seconds += time.perf_counter() - start
             self.slab_bytes = max(self.slab_bytes, num_bytes)
             return slab
 
-        offload._host_bytes = timed
+        offload.host_bytes = timed
         try:
             yield
         finally:
-            offload._host_bytes = make
+            offload.host_bytes = make
 
     def reference(self, documents: Documents) -> float:
         return score(self.model, [documents.forget], max_tokens=1)[0]
@@ -254,8 +254,11 @@ class Optimizers:
 
     @property
     def state_bytes(self) -> int:
+        """On the weights' device."""
         states = self.optimizer.state.values() if self.optimizer is not None else ()
-        return tensor_bytes([value for state in states for value in state.values() if isinstance(value, Tensor)])
+        held = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        here = tensor_bytes([tensor for tensor in held if tensor.device == self.weights[0].device])
+        return here + getattr(self.optimizer, "staged_bytes", 0)
 
 
 def measured(way: Ours, optimizers: Optimizers, *, warmup_tokens: int, another: Callable[[float], bool]) -> Fields:

@@ -36,6 +36,7 @@ FAMILIES: dict[str, Callable[..., Any]] = {
         tf.Qwen2Config, tf.Qwen2ForCausalLM, _GQA, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
     ),
     "mistral": _of(tf.MistralConfig, tf.MistralForCausalLM, _GQA, sliding_window=WINDOW),
+    "gemma": _of(tf.GemmaConfig, tf.GemmaForCausalLM, _GEMMA | {"num_key_value_heads": 1}),
     "gemma2": _of(
         tf.Gemma2Config,
         tf.Gemma2ForCausalLM,

@@ -7,10 +7,12 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.families import FAMILIES, VOCAB, WINDOW, family
 from tests.tiny import tiny_llama
+from unlearn import attention
 from unlearn.attention import MAX_PADDING, Segments, packed_attention
 from unlearn.data import Item, Role, Sequence, collate
 from unlearn.model import hidden_states, prepare
@@ -158,6 +160,78 @@ def test_a_plan_holds_every_token_once(lengths):
 def test_equal_lengths_are_not_gathered():
     assert Segments.plan([7, 7, 7]).order is None and Segments.plan([9]).order is None
     assert Segments.plan([7, 8]).order is not None and Segments.plan([8, 7]).order is not None
+
+
+# ----------------------------------------------------------------------------------------------------- fewer key heads
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """(key heads, enable_gqa) of every call of scaled_dot_product_attention; fake tensors are not computed with."""
+    calls, own = [], attention.F.scaled_dot_product_attention
+
+    def spy(q, k, v, **options):
+        assert k.shape == v.shape
+        calls.append((k.shape[1], options["enable_gqa"]))
+        return q if q.device.type == "cuda" else own(q, k, v, **options)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", spy)
+    return calls
+
+
+def heads_of(dtype):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, heads, 40, 8, generator=generator).to(dtype).requires_grad_() for heads in (6, 2, 2)]
+
+
+def attended(dtype, repeats, **options):
+    """Output and gradients of 6 query heads over 2 key heads, which the caller repeats where `repeats` is 3."""
+    query, key, value = leaves = heads_of(dtype)
+    key, value = (t.repeat_interleave(repeats, 1) for t in (key, value))
+    out, _ = packed_attention(torch.nn.Module(), query, key, value, None, segments=Segments.plan([23, 17]), **options)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return out, torch.autograd.grad(out, leaves, upstream)
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 8}, {"softcap": 3.0}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_are_repeated_only_where_the_kernel_would_lose_by_it(dtype, options, kernel_calls):
+    """On a CPU: the same bits forward, gradients no worse than with repeated keys, bf16 ones included."""
+    out, grads = attended(dtype, 1, **options)
+    if "softcap" not in options:
+        assert set(kernel_calls) == ({(2, True)} if dtype == torch.float32 else {(6, False)})
+    repeated, theirs = attended(dtype, 3, **options)
+    assert torch.equal(out, repeated)
+    truth = attended(torch.float64, 3, **options)[1]
+    for one, other, true in zip(grads, theirs, truth, strict=True):
+        mine, yours = ((found.double() - true).norm() / true.norm() for found in (one, other))
+        assert mine <= 1.1 * yours + 1e-7
+    with torch.no_grad():
+        kernel_calls.clear()
+        assert torch.equal(packed_attention(
+            torch.nn.Module(), *heads_of(dtype), None, segments=Segments.plan([23, 17]), **options
+        )[0], repeated)  # fmt: skip
+    assert set(kernel_calls) <= {(2, True)}
+
+
+@pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_gpu_without_a_kernel_for_fewer_key_heads_gets_them_repeated(flash, masked, kernel_calls, monkeypatch):
+    """What flash attention would refuse must not end in plain matrices: fake CUDA tensors show what is asked for."""
+    asked = []
+
+    def can_use(params):
+        asked.append((params.attn_mask is not None, params.is_causal, params.enable_gqa, params.key.shape[1]))
+        return flash
+
+    monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", can_use)
+    with FakeTensorMode():
+        q, k, v = (torch.empty(1, heads, 40, 8, dtype=torch.bfloat16, device="cuda") for heads in (6, 2, 2))
+        mask = torch.empty(40, 40, dtype=torch.bool, device="cuda") if masked else None
+        attention._attend(q, k, v, mask, scaling=None, dropout=0.0, softcap=None)
+        attention._attend(q, q, q, mask, scaling=None, dropout=0.0, softcap=None)
+    assert asked == [(masked, not masked, True, 2)]  # of the first call alone
+    assert kernel_calls == [(2, True) if flash else (6, False), (6, False)]
 
 
 def test_refuses_what_it_does_not_compute():

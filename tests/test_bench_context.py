@@ -220,6 +220,21 @@ def test_settings_follow_the_plan_and_then_leaner_ones(tmp_path, gib, optimizers
     assert [plan.on.optimizer for plan in found] == optimizers
 
 
+@pytest.mark.parametrize("liger", [False, True])
+def test_rungs_that_need_a_gpu_are_its_alone(tmp_path, monkeypatch, liger):
+    """liger-kernel's layers where it is installed; AdamW's states on the host where the plan sees them fit there."""
+    monkeypatch.setattr(gpu_context.importlib.util, "find_spec", lambda name: object() if liger else None)
+    bench, shape = bench_of(tmp_path, 139, 100), models.MODELS["8b"]
+    plain = [rung.name for rung in rungs(bench, shape, "adamw")]
+    bench.device = torch.device("cuda")
+    found = [rung for rung in rungs(bench, shape, "adamw") if rung.name not in plain]
+    configs = [bench.config(rung.on, liger_kernels=rung.liger) for rung in found]
+    assert [config.liger_kernels for config in configs] == [True] * liger + [False]
+    assert configs[0].gradient_checkpointing == liger and configs[-1].optimizer == "adamw-offload"
+    bench.budget = dataclasses.replace(bench.budget, host=50 * GIB)  # the states alone are 60
+    assert [rung.liger for rung in rungs(bench, shape, "adamw") if rung.name not in plain] == [True] * liger
+
+
 def test_model_flop_of_the_published_shapes():
     """6 P N and three causal forwards: P = 7.505e9 (8B) and 6.607e9 (7B) weights in products."""
     for name, products in (("8b", 7.505e9), ("7b", 6.607e9)):
@@ -299,6 +314,16 @@ def test_attention_rows_and_a_wrong_core(tmp_path, monkeypatch):
         else:
             assert row["forward_tflops"] > 0 and row["backward_tflops"] > 0 and row["gradient_relative"] < 1e-5
     assert "refused" in gpu_summary.summary(tmp_path, ["train-a"])
+
+
+def test_repeated_keys_are_timed_beside_ours_where_there_are_fewer(tmp_path, monkeypatch):
+    both = [one for one in gpu_attention.providers() if one.name.startswith("unlearn")]
+    monkeypatch.setattr(gpu_attention, "providers", lambda: both)
+    assert run_part(tmp_path, "--rounds=1", module=gpu_attention) == 0
+    rows = rows_of(tmp_path, "train-a", "attention")
+    assert {row["model"] for row in rows} == {"8b", "7b"} and all(row["forward_ms"] > 0 for row in rows)
+    assert {row["model"] for row in rows if row["provider"] == "unlearn, keys repeated"} == {"8b"}
+    assert {row["kernel"] for row in rows if row.get("kernel")} == {"flash_attention"}
 
 
 def test_tables_show_what_was_measured_and_nothing_of_a_dry_run(folder, tmp_path, monkeypatch):

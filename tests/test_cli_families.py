@@ -12,7 +12,7 @@ from tests.test_train import FORGET, RETAIN
 from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer, write_rows
 from unlearn import cli
 
-FAMILIES = ("llama", "qwen3", "qwen2-windows", "gemma2", "gemma3", "gpt-neox")
+FAMILIES = ("llama", "qwen3", "qwen2-windows", "gemma", "gemma2", "gemma3", "gpt-neox")
 SHARED = ["--device", "cpu", "--dtype", "float32"]
 
 

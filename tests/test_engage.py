@@ -87,7 +87,7 @@ def said(capsys, arguments):
 @pytest.mark.parametrize("together", [1, 2])
 def test_train_engages_what_plan_says(documents, capsys, monkeypatch, together, more):
     """At the memory of each rung of the ladder, with both documents in one pack and with a pack for each."""
-    monkeypatch.setattr(forecast, "is_installed", lambda name: True)
+    monkeypatch.setattr(forecast, "is_available", lambda name, device: True)
     folder, skeleton, made = documents
     packing = packing_of(made, together * CONTEXT)
     assert max(packing.tokens) == together * CONTEXT and max(packing.counts) == 2 // together
@@ -147,7 +147,7 @@ def test_auto_goes_through_the_optimizers_that_can_be_had(tmp_path, values, name
     config = make_config(tmp_path, **{"dtype": "bfloat16", "optimizer": "auto"} | values)
     shape = SHAPES["llama-3.2-1b"]
     assert wanted_of(config, shape).optimizers == names and wanted_of(config, shape).optimizer is None
-    without = wanted_of(config, shape, installed=lambda name: name != "adamw8bit").optimizers
+    without = wanted_of(config, shape, available=lambda name: name != "adamw8bit").optimizers
     assert without == tuple(name for name in names if "8bit" not in name)
     named = dataclasses.replace(config, optimizer="adafactor")
     assert wanted_of(named, shape).optimizer == "adafactor" + "-in-backward" * config.optimizer_in_backward

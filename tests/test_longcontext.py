@@ -20,7 +20,8 @@ from tests.test_train import (
     stop_after,
 )
 from tests.tiny import save_tiny, tiny_llama, write_rows
-from unlearn import cli
+from unlearn import cli, optimizers
+from unlearn.optim import AdamWOffload
 from unlearn.train import NonFiniteError
 
 MEASURES = {
@@ -67,6 +68,18 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, dtype):
         run(config, after_step=stop_after(3))
     assert same_weights(run(config, resume=True), expected)
     assert steps(config) == steps(make_config(tmp_path, "whole", **shared))
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_states_on_the_host_end_where_adamw_does_even_when_killed(tmp_path, monkeypatch, in_backward):
+    shared = {"dtype": "bfloat16", "save_every": 2, "max_tokens": 10_000, "optimizer_in_backward": in_backward}
+    expected = run(make_config(tmp_path, "adamw", **shared))
+    monkeypatch.setitem(optimizers._MAKERS, "adamw-offload", AdamWOffload)  # a CPU is refused otherwise
+    config = make_config(tmp_path, "offload", optimizer="adamw-offload", **shared)
+    with pytest.raises(Stop):
+        run(config, after_step=stop_after(3))
+    assert same_weights(run(config, resume=True), expected)
+    assert steps(config) == steps(make_config(tmp_path, "adamw", **shared))
 
 
 def test_steps_in_the_backward_are_the_runs_own(tmp_path):

@@ -1,11 +1,12 @@
 """AdamWSR: parity with torch where nothing is rounded, unbiased movement where bf16 rounds, bitwise resume."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 
-from unlearn.optim import AdamWSR, linear_schedule, round_stochastically_
+from unlearn.optim import AdamWOffload, AdamWSR, linear_schedule, round_stochastically_
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -189,6 +190,127 @@ def test_refusals():
     other = AdamWSR([weight], lr=1e-3, weight_decay=0.0, seed=0, state_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"holds torch.float32 states, this optimizer torch.bfloat16"):
         other.load_state_dict(saved)
+
+
+# -------------------------------------------------------------------------------------------------- states on the host
+
+
+def mixed_weights(device="cpu"):
+    """Of every accepted dtype; one not contiguous, one a scalar, one that gets no gradient at times."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((7, 3, torch.bfloat16), (5, 9, torch.float32), (11, 1, torch.float64), (3, 3, torch.bfloat16))
+    made = [torch.randn(a, b, generator=generator).to(device, dtype) for a, b, dtype in shapes]
+    made[1] = made[1].t()
+    return [torch.nn.Parameter(w) for w in (*made, torch.tensor(0.5, dtype=torch.bfloat16, device=device))]
+
+
+def mixed_steps(optimizer, weights, seeds):
+    for seed in seeds:
+        for index, weight in enumerate(weights):
+            weight.grad = None if (index + seed) % 4 == 3 else gradients(weight, 1, seed=10 * seed + index)[0]
+        optimizer.step()
+
+
+@pytest.fixture
+def small_slices(monkeypatch):
+    monkeypatch.setattr("unlearn.optim._SLICE_NUMEL", 6)
+
+
+OPTIONS = {"lr": 1e-2, "weight_decay": 0.1, "seed": 3}
+
+
+def test_states_on_the_host_change_no_bit(device, small_slices):
+    plain, offloaded = mixed_weights(device), mixed_weights(device)
+    mine, theirs = AdamWOffload(offloaded, **OPTIONS), AdamWSR(plain, **OPTIONS)
+    for optimizer, weights in ((mine, offloaded), (theirs, plain)):
+        mixed_steps(optimizer, weights, range(6))
+    assert all(torch.equal(a, b) for a, b in zip(plain, offloaded, strict=True))
+    mine.state_dict()
+    slabs = {slab.untyped_storage()._cdata for slab in mine._slabs.values()}
+    for a, b in zip(plain, offloaded, strict=True):
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(mine.state[b][name], theirs.state[a][name].cpu())
+            assert mine.state[b][name].untyped_storage()._cdata in slabs
+    # 8 bytes a weight, 16 for float64; on the device two pairs of slices of 6 float64, the largest
+    assert sum(slab.nbytes for slab in mine._slabs.values()) == sum(
+        2 * max(4, w.element_size()) * w.numel() for w in plain
+    )
+    assert mine.staged_bytes == 2 * 2 * 48
+
+
+class LateStream:
+    """A stream that copies nothing before somebody waits for it: what is not waited for is not there."""
+
+    def __init__(self):
+        self.waiting = []
+
+    def wait_stream(self, other):
+        pass
+
+    def record_event(self):
+        return len(self.waiting), self
+
+    def synchronize(self):
+        self.run(len(self.waiting))
+
+    def run(self, until):
+        for target, source in self.waiting[:until]:
+            if target is not None:
+                OWN_COPY(target, source)
+        self.waiting[:until] = [(None, None)] * min(until, len(self.waiting))
+
+
+OWN_COPY = torch.Tensor.copy_
+
+
+def test_copies_are_waited_for_however_late_they_are(small_slices, monkeypatch):
+    plain, offloaded = mixed_weights(), mixed_weights()
+    mine, theirs = AdamWOffload(offloaded, **OPTIONS), AdamWSR(plain, **OPTIONS)
+    late = mine._stream = LateStream()
+
+    def copy(target, source, non_blocking=False):
+        return late.waiting.append((target, source)) if non_blocking else OWN_COPY(target, source)
+
+    class Current:
+        def wait_event(self, event):
+            event[1].run(event[0])
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Current())
+    for optimizer, weights in ((mine, offloaded), (theirs, plain)):
+        mixed_steps(optimizer, weights, range(5))
+    assert all(torch.equal(a, b) for a, b in zip(plain, offloaded, strict=True))
+    saved, expected = mine.state_dict()["state"], theirs.state_dict()["state"]
+    assert all(torch.equal(saved[i][name], expected[i][name]) for i in expected for name in ("exp_avg", "exp_avg_sq"))
+
+
+@pytest.mark.parametrize(("first", "then"), [(AdamWOffload, AdamWOffload), (AdamWSR, AdamWOffload),
+                                             (AdamWOffload, AdamWSR)])  # fmt: skip
+def test_states_on_the_host_resume_bit_for_bit(first, then, device, tmp_path, small_slices):
+    """From one another's too; the file holds each state once."""
+    whole, resumed = mixed_weights(device), mixed_weights(device)
+    mixed_steps(AdamWSR(whole, **OPTIONS), whole, range(6))
+    before = first(resumed, **OPTIONS)
+    mixed_steps(before, resumed, range(3))
+    torch.save(before.state_dict(), tmp_path / "optimizer.pt")
+    after = then(resumed, **(OPTIONS | {"seed": 99}))
+    kept = [weight.detach().clone() for weight in resumed]
+    mixed_steps(after, resumed, [7])  # what it holds before the loading is gone after it
+    for weight, value in zip(resumed, kept, strict=True):
+        weight.data.copy_(value)
+    after.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True, map_location="cpu"))
+    mixed_steps(after, resumed, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+    for weight in resumed:
+        assert after.state[weight]["exp_avg"].device.type == ("cpu" if then is AdamWOffload else device)
+
+
+def test_memory_that_the_host_does_not_have_takes_one_line(monkeypatch):
+    monkeypatch.setattr("unlearn.offload.torch.empty", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no")))
+    message = "^optimizer: adamw-offload: .* GiB of host memory could not be had; adamw8bit or adafactor would"
+    with pytest.raises(ValueError, match=message):
+        AdamWOffload([bf16_weights(10)], **OPTIONS)
 
 
 def test_linear_schedule():

@@ -11,8 +11,9 @@ from tests.tiny import tiny_llama
 from unlearn import optimizers
 from unlearn.attention import Segments
 from unlearn.config import BY_NEED, OPTIMIZERS, TrainConfig
-from unlearn.measures import STATE_BYTES
-from unlearn.optimizers import InBackward, gradient_norm, is_installed, make_optimizer, set_lr, tensor_norm
+from unlearn.measures import HOST_STATE_BYTES, STATE_BYTES
+from unlearn.optim import AdamWOffload
+from unlearn.optimizers import InBackward, gradient_norm, is_available, make_optimizer, set_lr, tensor_norm
 
 
 def config(**values):
@@ -96,7 +97,7 @@ def test_bf16_states_halve_and_bf16_weights_move_too():
 def test_missing_torchao_takes_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
-    assert not is_installed("adamw8bit") and all(map(is_installed, ("adamw", "adamw-bf16", "adafactor")))
+    assert not is_installed("adamw8bit") and all(map(is_available, ("adamw", "adamw-bf16", "adafactor")))
     with pytest.raises(ValueError, match="^optimizer: adamw8bit needs torchao .*; install it, or take adamw") as caught:
         make_optimizer(config(optimizer="adamw8bit"), weights())
     assert "\n" not in str(caught.value)
@@ -162,6 +163,7 @@ def hidden_of(model):
 MAKERS = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
     "adamw": lambda params: make_optimizer(config(weight_decay=0.1), params),
+    "adamw-offload": lambda params: AdamWOffload(params, lr=1e-3, weight_decay=0.1, seed=3),
     "adafactor": lambda params: make_optimizer(config(optimizer="adafactor"), params),
 }
 
@@ -205,7 +207,10 @@ def test_no_two_gradients_are_alive():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"optimizer": "sgd"}, "optimizer: 'sgd' is not accepted; adamw, adamw-bf16, adamw8bit, adafactor, auto are"),
+        (
+            {"optimizer": "sgd"},
+            "optimizer: 'sgd' is not accepted; adamw, adamw-offload, adamw-bf16, adamw8bit, adafactor, auto are",
+        ),
         ({"optimizer_in_backward": True, "max_grad_norm": 1.0}, "not accepted with max_grad_norm 1.0"),
         ({"optimizer_in_backward": True, "on_non_finite": "skip"}, "not accepted with on_non_finite skip"),
     ],
@@ -217,4 +222,11 @@ def test_combinations_that_cannot_be_are_refused(values, message):
 
 
 def test_every_optimizer_has_a_maker_and_a_size():
-    assert set(optimizers._MAKERS) == set(OPTIMIZERS) - {BY_NEED} == set(STATE_BYTES)
+    assert set(optimizers._MAKERS) == set(OPTIMIZERS) - {BY_NEED} == set(STATE_BYTES) > set(HOST_STATE_BYTES)
+
+
+def test_states_on_the_host_are_for_a_gpu():
+    with pytest.raises(
+        ValueError, match="^optimizer: adamw-offload spares a GPU's memory and the model is on 'cpu'; adam"
+    ):
+        make_optimizer(config(optimizer="adamw-offload"), weights())

@@ -2,7 +2,7 @@
 
 Meta tensors have a storage of the right size and no memory, so a step at 8B size and 512k tokens takes a second here.
 Flash attention is stood in for by its allocations, CUDA's sizes: the output, the logsumexp, and in the backward dq in
-float32 and the row sums.
+float32, the row sums and, for key heads that several query heads share, dk and dv of every query head.
 """
 
 import dataclasses
@@ -49,8 +49,10 @@ class Flash(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         q, k, v, out, logsumexp = ctx.saved_tensors
-        workspace = torch.empty_like(q, dtype=torch.float32), torch.empty_like(logsumexp)
+        expanded = q if k.shape[1] < q.shape[1] else META(0)
         grads = tuple(map(torch.empty_like, (q, k, v)))
+        sizes = ((q, torch.float32), (logsumexp, None), (expanded, None), (expanded, None))
+        workspace = [torch.empty_like(like, dtype=dtype) for like, dtype in sizes]
         del workspace
         return grads
 
@@ -107,12 +109,12 @@ def switched_on(stack, on, model, live):
         return
     from unlearn import offload, tiled
 
-    def host_bytes(num_bytes, device):
+    def host_bytes(num_bytes, *_):
         slab = META(num_bytes, dtype=torch.uint8)
         live.ignore(slab)
         return slab
 
-    stack.enter_context(mock.patch.object(offload, "_host_bytes", host_bytes))
+    stack.enter_context(mock.patch.object(offload, "host_bytes", host_bytes))
     store = offload.CheckpointStore(len(model.base_model.layers), on.host_layers)
     stack.enter_context(tiled.tiled(model, on.tile_tokens, store=store))
 
@@ -137,6 +139,7 @@ def measured(name, layers, num_tokens, on, lengths=None):
         switched_on(stack, on, model, live)
         for patch in (
             mock.patch.object(attention.F, "scaled_dot_product_attention", lambda q, k, v, **_: Flash.apply(q, k, v)),
+            mock.patch.object(attention, "takes_fewer_key_heads", lambda *_: True),  # as on CUDA
             mock.patch.object(attention.Segments, "plan", lambda *_: packing),
             mock.patch.dict(options.DEFAULT_WORKSPACE_BYTES, {"cpu": workspace(num_tokens)}),
             mock.patch.object(problem, "_CACHED_BYTES", workspace(num_tokens) // 8),
@@ -208,13 +211,14 @@ def test_the_working_set_alone(on):
     rest = made.moment_total("top layer") - made.moments["top layer"]["layer"] - made.moments["top layer"]["optimizer"]
     found = measured(shape.name, 4, LONG, on)["top layer"] - rest
     assert made.moments["top layer"]["layer"] == pytest.approx(found, rel=0.03)
-    assert (12 if on.tiled else 33) * u < found < (14 if on.tiled else 35) * u
+    assert (10 if on.tiled else 32) * u < found < (12 if on.tiled else 34) * u
 
 
 @pytest.mark.parametrize("on", [CHECKPOINTING, pytest.param(TILED, marks=NEEDS_TILES)])
-def test_sequences_of_several_lengths_are_gathered(on):
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-2-7b"])
+def test_sequences_of_several_lengths_are_gathered(name, on):
     """The plan allows for a quarter of padding, the most there is: two sequences of which one is 5/3 as long."""
-    shape, lengths = SHAPES["llama-3.1-8b"], (LONG // 8 * 5, LONG // 8 * 3)
+    shape, lengths = SHAPES[name], (LONG // 8 * 5, LONG // 8 * 3)
     made = plan.make(dataclasses.replace(shape, layers=2), Load(lengths), in_tiles(on, LONG), Budget(None))
     planned_bytes = made.moment_total("top layer") - made.moments["top layer"]["optimizer"]
     found = measured(shape.name, 2, LONG, on, lengths)["top layer"]
@@ -338,7 +342,7 @@ def test_what_is_not_built_reaches_no_context():
 
 
 def test_adapters_are_used_only_when_asked_for_and_named_as_a_remedy():
-    card = Budget(24 * GIB, 64 * GIB)
+    card = Budget(24 * GIB, 32 * GIB)  # too small a host for optimizer states
     made = choose(EIGHT, Load((8192,), 2), card, Wanted())
     assert not made.fits and made.on.adapter is None
     text = "; ".join(plan.remedies(made, lambda n: Load((n,), 2), Wanted()))
@@ -378,6 +382,26 @@ def test_kept_attention_is_what_tiles_keep():
     )
     assert of_head == pytest.approx(counted - 4 * 0.125 / 2, abs=0.1)
     assert (of_top, of_bottom) == (pytest.approx(of_head * 3 / 4), 0) and kept.seconds < plain.seconds
+
+
+def test_states_on_the_host_take_none_of_the_gpus_memory_but_two_pairs_of_slices():
+    """8.030e9 weights: 59.83 GiB on the host, which cross the bus both ways, and 256 MiB on the GPU."""
+    load, on = Load((1024,), 2), Measures(optimizer="adamw-offload")
+    plain, offloaded = (plan.make(EIGHT, load, measures, H200) for measures in (Measures(), on))
+    assert offloaded.part("optimizer") == 2 * 2 * 4 * (1 << 24)
+    assert offloaded.host / GIB == offloaded.host_states / GIB == pytest.approx(59.83, abs=0.01)
+    assert offloaded.seconds - plain.seconds == pytest.approx(16 * 8.030e9 / 50e9, rel=1e-3)
+    assert plan.make(EIGHT, load, dataclasses.replace(on, itemsize=4), H200).host == offloaded.host
+
+
+def test_on_80_gb_states_go_to_the_host_before_gradients_are_given_up():
+    card = Budget(80e9, 200 * GIB, rates=RATES["h100"])
+    longest = longest_context(EIGHT, lambda n: Load((n,), 2), card, Wanted(built_only=True))
+    eight_bits = longest_context(EIGHT, lambda n: Load((n,), 2), card, Wanted(optimizer="adamw8bit"))
+    made = choose(EIGHT, Load((eight_bits + plan.STEP,), 2), card, Wanted())
+    assert made.on.optimizer == "adamw-offload" and not made.on.in_backward
+    assert made.host == made.host_states + made.on.host_layers * 2 * made.load.tokens * 4096
+    assert longest > 1.5 * eight_bits
 
 
 def test_static_sizes_of_published_models():

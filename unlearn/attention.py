@@ -3,8 +3,9 @@
 Transformers builds a T x T mask for packed rows under SDPA (3.5 to 8 times the time of the same tokens in a batch).
 Here sequences of similar length share one causal call: padding stands at the end, where a causal query never looks, so
 no mask is needed, and padded queries are thrown away. A sliding window is cut into blocks of its own width, each of
-which sees itself and the block before it: [window, 2 window] masks whatever the length. Registered with transformers
-as ATTENTION; the model passes the plan of a batch through as the keyword `segments`.
+which sees itself and the block before it: [window, 2 window] masks whatever the length. Key heads that several query
+heads share go to the kernel as they are, where a kernel takes them so, and are repeated where none does. Registered
+with transformers as ATTENTION; the model passes the plan of a batch through as the keyword `segments`.
 """
 
 from __future__ import annotations
@@ -118,9 +119,6 @@ def packed_attention(
         raise ValueError(f"attention: {type(module).__name__} got a mask; {ATTENTION} takes packed batches without one")
     if softcap is not None and dropout:
         raise ValueError(f"attention: dropout {dropout} with a softcap is not accepted; dropout 0 is")
-    if key.shape[1] != query.shape[1]:
-        repeats = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     outputs = []
     for bucket in segments.buckets:
         q, k, v = (_take(tensor, bucket, in_order=segments.order is None) for tensor in (query, key, value))
@@ -173,9 +171,13 @@ def _attend(
     softcap: float | None,
 ) -> Tensor:
     """softmax(scores) v; mask [Lq, Lk] bool, True where a query sees a key, None for causal."""
+    grouped = k.shape[1] != q.shape[1]
+    if grouped and (softcap is not None or not takes_fewer_key_heads(q, k, v, mask, dropout)):
+        k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], 1) for tensor in (k, v))
+        grouped = False
     if softcap is None:
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling
+            q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling, enable_gqa=grouped
         )
     # scaled_dot_product_attention has no cap tanh(score / cap) (Gemma 2): the scores in full, L x L per sequence
     scores = (q @ k.transpose(-1, -2)) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
@@ -185,6 +187,21 @@ def _attend(
     scores = scores.masked_fill(~mask, float("-inf"))
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     return scores.softmax(-1, dtype=accumulate).to(q.dtype) @ v
+
+
+def takes_fewer_key_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> bool:
+    """Whether scaled_dot_product_attention has a kernel that reads each key head for all of its query heads.
+
+    On CUDA flash attention does, and cuDNN; the memory-efficient kernel does not, and what neither takes (a mask,
+    float32, older cards) would end in plain matrices, L x L per head. Flash attention alone is asked for: torch tries
+    plain matrices before cuDNN, except where it prefers cuDNN to everything. On a CPU the kernel adds a group's
+    gradients up in the inputs' dtype: in bf16 the keys' are 1.4 times as far off with groups of four, 3.3 times with
+    groups of 32. The forward is the same to the bit.
+    """
+    if q.device.type == "cuda":
+        asked = torch.backends.cuda.SDPAParams(q, k, v, mask, dropout, mask is None, True)
+        return torch.backends.cuda.can_use_flash_attention(asked)
+    return q.device.type == "cpu" and (q.dtype in (torch.float32, torch.float64) or not torch.is_grad_enabled())
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, **options: Any) -> Tensor:

@@ -26,7 +26,7 @@ RETAIN_TERMS = ("none", "nll", "kl")
 # What float32 can divide by and multiply with: beyond, a run would end in its first step.
 _SMALLEST, _LARGEST = 1e-30, 1e30
 BY_NEED = "auto"
-OPTIMIZERS = ("adamw", "adamw-bf16", "adamw8bit", "adafactor", BY_NEED)
+OPTIMIZERS = ("adamw", "adamw-offload", "adamw-bf16", "adamw8bit", "adafactor", BY_NEED)
 DTYPES = ("float32", "bfloat16")  # float16 weights would need a loss scale
 _SIZES = {"": GIB, "GIB": GIB, "G": GIB, "GB": 10**9, "MIB": 1 << 20, "MB": 10**6, "TIB": 1 << 40}
 
@@ -95,8 +95,9 @@ class TrainConfig:
     )
     lora_merge: bool = option("save the whole model with its adapters merged in, not the adapters", default=False)
     optimizer: str = option(
-        "adamw, adamw-bf16 (bf16 states), adamw8bit (torchao: 8-bit states), adafactor (nearly no states; lr is "
-        "relative to a weight's size), or auto: by need adamw, then adamw8bit, then adamw8bit inside the backward",
+        "adamw, adamw-offload (the same with its states in host memory, GPU), adamw-bf16 (bf16 states), adamw8bit "
+        "(torchao: 8-bit states), adafactor (nearly no states; lr is relative to a weight's size), or auto: by need "
+        "adamw, adamw8bit or adamw-offload, then the last two inside the backward",
         default="adamw",
     )
     optimizer_in_backward: bool = option(
@@ -105,6 +106,11 @@ class TrainConfig:
     )
     gradient_checkpointing: bool | None = option(
         "recompute activations in the backward (default: by need, where there is a GPU or gpu_memory)", default=None
+    )
+    liger_kernels: bool = option(
+        "liger-kernel's RMSNorm, rotation and SwiGLU in layers that are not tiled (GPU; llama, mistral, qwen2, qwen3, "
+        "phi3)",
+        default=False,
     )
     tile_tokens: int | None = option(
         "run decoder layers on this many tokens at a time, all but the attention, and recompute them (0: off; default: "
@@ -186,6 +192,11 @@ class TrainConfig:
             raise ValueError(f"tile_tokens: {self.tile_tokens} is not accepted; a number of 0 or more is")
         if self.save_attention and not self.tile_tokens:
             raise ValueError("save_attention: given, but without tile_tokens nothing would read it")
+        if self.liger_kernels and self.tile_tokens:
+            raise ValueError(
+                f"liger_kernels: not accepted with tile_tokens {self.tile_tokens}; a tiled layer keeps nothing that"
+                " they would save"
+            )
         wanted = self.offload_checkpoints
         if wanted not in (None, BY_NEED):
             if wanted != "all" and not (wanted.isascii() and wanted.isdigit()):

@@ -22,7 +22,7 @@ from unlearn.data import Role, Sequence
 from unlearn.engage import settings_of
 from unlearn.forecast import Forecast, budget_of, forecast
 from unlearn.longcontext import long_context
-from unlearn.measures import STATE_BYTES, Measures
+from unlearn.measures import HOST_STATE_BYTES, STATE_BYTES, Measures
 from unlearn.methods import check_config
 from unlearn.model import check_ids, resolve_device
 from unlearn.runfiles import METRICS_FILE
@@ -49,6 +49,7 @@ def dry_run(config: TrainConfig, skeleton: nn.Module, tokenizer: Any, data: Trai
     trained = [p for p in parameters if p.requires_grad]
     weight_bytes, trained_bytes = (sum(p.numel() * p.element_size() for p in ps) for ps in (parameters, trained))
     optimizer_bytes = round(sum(p.numel() for p in trained) * STATE_BYTES[config.optimizer])
+    host_bytes = sum(p.numel() for p in trained) * HOST_STATE_BYTES.get(config.optimizer, 0)
     gradient_bytes = trained_bytes
     if config.optimizer_in_backward:  # one weight's at a time
         gradient_bytes = max(p.numel() * p.element_size() for p in trained)
@@ -75,9 +76,10 @@ def dry_run(config: TrainConfig, skeleton: nn.Module, tokenizer: Any, data: Trai
             "weights": weight_bytes,
             "gradients": gradient_bytes,
             "optimizer": optimizer_bytes,
+            "optimizer_host": host_bytes,
             "reference_head": copied_head,
             "static": weight_bytes + gradient_bytes + optimizer_bytes + copied_head,
-            "checkpoint": trained_bytes + optimizer_bytes,
+            "checkpoint": trained_bytes + optimizer_bytes + host_bytes,
             "final_model": trained_bytes if config.lora is not None and not config.lora_merge else weight_bytes,
         },
         "measures": _measures(expected),
@@ -234,6 +236,7 @@ def lines(found: dict[str, Any]) -> list[str]:
             "static memory",
             f"{_bytes(size['static'])}: weights {_bytes(size['weights'])}, gradients {_bytes(size['gradients'])}, "
             f"optimizer {_bytes(size['optimizer'])}"
+            + (f" (and {_bytes(size['optimizer_host'])} on the host)" if size["optimizer_host"] else "")
             + (f", reference head {_bytes(size['reference_head'])}" if size["reference_head"] else "")
             + "; activations come on top",
         ),

@@ -36,33 +36,34 @@ def layers_on_host(config: TrainConfig, num_layers: int) -> int | None:
 
 
 def wanted_of(
-    config: TrainConfig, shape: Shape, *, tileable: bool = True, installed: Callable[[str], bool] = lambda name: True
+    config: TrainConfig, shape: Shape, *, tileable: bool = True, available: Callable[[str], bool] = lambda name: True
 ) -> Wanted:
-    """What the settings ask of a plan. tileable: whether unlearn.tiled knows the model's layers; installed: whether an
+    """What the settings ask of a plan. tileable: whether unlearn.tiled knows the model's layers; available: whether an
     optimizer can be had here."""
     optimizer = None
     if not is_open(config, "optimizer"):
         optimizer = config.optimizer + IN_BACKWARD * config.optimizer_in_backward
+    can_tile = tileable and not config.liger_kernels  # which is for layers that are not tiled
     return Wanted(
         optimizer=optimizer,
-        optimizers=_optimizers(config, installed),
+        optimizers=_optimizers(config, available),
         adapter=None if config.lora is None else "lora",
         rank=config.lora or Wanted.rank,
         itemsize=2 if config.dtype == "bfloat16" else 4,
         checkpointing=config.gradient_checkpointing,
-        tile_tokens=0 if config.tile_tokens is None and not tileable else config.tile_tokens,
+        tile_tokens=0 if config.tile_tokens is None and not can_tile else config.tile_tokens,
         save_attention=bool(config.save_attention),
         host_layers=layers_on_host(config, shape.layers),
         built_only=True,
     )
 
 
-def _optimizers(config: TrainConfig, installed: Callable[[str], bool]) -> tuple[str, ...]:
+def _optimizers(config: TrainConfig, available: Callable[[str], bool]) -> tuple[str, ...]:
     """The plan's, as far as these settings can be had with them."""
     if config.dtype == "float32":
         names: tuple[str, ...] = OPTIMIZERS[:1]
     else:
-        names = tuple(name for name in OPTIMIZERS if installed(name.removesuffix(IN_BACKWARD)))
+        names = tuple(name for name in OPTIMIZERS if available(name.removesuffix(IN_BACKWARD)))
     if config.optimizer_in_backward:
         return tuple(dict.fromkeys(name.removesuffix(IN_BACKWARD) + IN_BACKWARD for name in names))
     whole_gradient = config.max_grad_norm is not None or config.on_non_finite == "skip"

@@ -2,7 +2,7 @@
 
 As unlearn.train's loop allocates them. Peak memory is affine in the number of tokens and in the number of layers, so
 every part is a coefficient; tests/test_plan.py counts the live storages of real transformers layers on the meta device
-against them.
+against them. What liger-kernel's layers save (--liger-kernels) is not counted.
 
 Letters in formulas: T tokens of the pack, N its answer tokens, H hidden, Q = heads x head size, K = key heads x head
 size, I intermediate, V vocabulary, L layers, b bytes of a weight or activation, f = 4 (float32).
@@ -10,11 +10,13 @@ size, I intermediate, V vocabulary, L layers, b bytes of a weight or activation,
 
 from __future__ import annotations
 
-from unlearn.measures import FLOAT32, STATE_BYTES, Load, Measures
+from unlearn.measures import FLOAT32, HOST_STATE_BYTES, STATE_BYTES, Load, Measures
 from unlearn.shapes import Shape
 
 # of a pack's token: input, position, place in its bucket, answer row and target, int64 each
 _IDS_BYTES = 5 * 8
+# Sequences share an attention call while padding adds at most a quarter (unlearn.attention.MAX_PADDING).
+PADDED = 1.25
 # weights that unlearn.optim updates at once
 _SLICE = 1 << 24
 # nf4: half a byte, and one scale for 64 weights, itself quantized to 8 bits in blocks of 256 (arXiv:2305.14314)
@@ -50,8 +52,16 @@ def gradient_bytes(shape: Shape, on: Measures) -> float:
 
 
 def state_bytes(shape: Shape, on: Measures) -> float:
-    """By the optimizer alone: states have their own dtype, whatever the weights'."""
+    """On the GPU, by the optimizer alone: states have their own dtype, whatever the weights'. Of states on the host,
+    two pairs of slices are here."""
+    if on.optimizer in HOST_STATE_BYTES:
+        return 2.0 * 2 * FLOAT32 * min(_SLICE, shape.head_params)
     return float(STATE_BYTES[on.optimizer] * trained_params(shape, on))
+
+
+def host_state_bytes(shape: Shape, on: Measures) -> float:
+    """In pinned memory."""
+    return float(HOST_STATE_BYTES.get(on.optimizer, 0) * trained_params(shape, on))
 
 
 def update_bytes(on: Measures, largest: int) -> float:
@@ -73,16 +83,17 @@ def largest_matrix(shape: Shape) -> int:
 def saved_bytes_per_token(shape: Shape, on: Measures, *, mixed: bool = False) -> float:
     """What one layer of transformers' Llama keeps for its backward, under unlearn.attention.
 
-    Each norm its input in float32, the normalised rows and its output, 2 (f + 2b) H; attention q, k and v at all heads
-    (packed attention repeats the key heads), its output and logsumexp, 4bQ + f heads; the MLP gate, silu(gate), up and
-    their product, 4bI. Norms of q and k their input in float32 and the normalised rows. Sequences of several lengths:
-    q, k, v and output up to a quarter longer, and the output once more, in the pack's order. Adapters each keep their
-    input in float32, f(5H + Q + I): derived, not counted.
+    Each norm its input in float32, the normalised rows and its output, 2 (f + 2b) H; attention q, k, v, its output and
+    logsumexp, 2bQ + 2bK + f heads; the MLP gate, silu(gate), up and their product, 4bI. Norms of q and k their input in
+    float32 and the normalised rows. Sequences of several lengths: q, k, v and output up to a quarter longer, and the
+    output once more, in the pack's order. Adapters each keep their input in float32, f(5H + Q + I): derived, not
+    counted.
     """
-    b, h, q = on.itemsize, shape.hidden, shape.q_width
+    b, h, q, kv = on.itemsize, shape.hidden, shape.q_width, shape.kv_width
     norms = 2 * (FLOAT32 + 2 * b) * h
-    attention = (6 if mixed else 4) * b * q + FLOAT32 * shape.heads
-    extra = (FLOAT32 + b) * (q + shape.kv_width) if shape.qk_norm else 0
+    padded = 2 * b * (q + kv) * (PADDED if mixed else 1)
+    attention = padded + (b * q if mixed else 0) + FLOAT32 * shape.heads
+    extra = (FLOAT32 + b) * (q + kv) if shape.qk_norm else 0
     adapter = FLOAT32 * (5 * h + q + shape.intermediate) if on.adapter and b < FLOAT32 else 0
     return norms + attention + extra + adapter + 4 * b * shape.intermediate
 
@@ -92,29 +103,35 @@ def layer_bytes(shape: Shape, load: Load, on: Measures) -> float:
 
     Whole layer: what it saved, at the product of silu(gate) and up, whose gradient is the widest: the product is gone
     (-bI); its gradient and both factors' are there (3bI), the residual's (bH) and one matrix's gradient.
-    Tiled: see _tiled_layer_bytes; sequences of several lengths add gathered copies and their gradients, 6bQ.
+    Tiled: see _tiled_layer_bytes.
     """
     if on.tiled:
-        return _tiled_layer_bytes(shape, load.tokens, on) + (6 * on.itemsize * shape.q_width * load.tokens) * load.mixed
+        return _tiled_layer_bytes(shape, load, on)
     b = on.itemsize
     matrix = b * largest_matrix(shape) if on.adapter != "lora" else 0  # qlora: widened for its product
     saved = saved_bytes_per_token(shape, on, mixed=load.mixed)
     return load.tokens * (saved + 2 * b * shape.intermediate + b * shape.hidden) + matrix
 
 
-def _tiled_layer_bytes(shape: Shape, tokens: int, on: Measures) -> float:
+def _tiled_layer_bytes(shape: Shape, load: Load, on: Measures) -> float:
     """Whichever is more. In the attention kernel's backward: the gradient on its way (bH), query, output and their
-    gradients (4bQ), key, value and theirs (4bK; with fewer key heads 2bK and, repeated for the core, 4bQ), the kernel's
-    float32 sum of dq and its row sums (fQ + 2f heads); the later weights' gradients in b. In the tiles behind the core:
-    half of that and no kernel, a tile, and those gradients in float32. (unlearn.tiled)"""
-    b, h, q, kv = on.itemsize, shape.hidden, shape.q_width, shape.kv_width
+    gradients (4bQ), key, value and theirs (4bK), the kernel's float32 sum of dq and its row sums (fQ + 2f heads) and,
+    with fewer key heads, dk and dv of every query head (2bQ); the later weights' gradients in b. Sequences of several
+    lengths make all of these a quarter longer, and projections, output and its gradient stay in the pack's order
+    beside them (3bQ + 2bK). In the tiles behind the core: half of that and no kernel, a tile, and those gradients in
+    float32. (unlearn.tiled)"""
+    b, h, q, kv, tokens = on.itemsize, shape.hidden, shape.q_width, shape.kv_width, load.tokens
     weights = 0 if on.adapter else shape.layer_matmul_params - sum(x * y for x, y in shape.linears[:3])
-    fewer = shape.kv_heads < shape.heads
     statistics = FLOAT32 * shape.heads
-    core = b * h + 4 * b * q + (2 * b * kv + 4 * b * q if fewer else 4 * b * kv) + FLOAT32 * q + 2 * statistics
-    behind = b * h + 3 * b * q + 2 * b * kv + (2 * b * q if fewer else 0) + statistics
+    expanded = 2 * b * q if shape.kv_heads < shape.heads else 0
+    kernel = 4.0 * b * (q + kv) + FLOAT32 * q + 2 * statistics + expanded
+    forward = 2.0 * b * (q + kv) + statistics
+    if load.mixed:
+        ordered = b * (3 * q + 2 * kv)
+        kernel, forward = PADDED * kernel + ordered, PADDED * forward + ordered
     tile = min(tokens, on.tile_tokens) * (10 * b * h + 8 * b * shape.intermediate)
-    return max(tokens * core + b * weights, tokens * behind + tile + FLOAT32 * weights)
+    behind = b * h + forward + b * q
+    return max(tokens * (b * h + kernel) + b * weights, tokens * behind + tile + FLOAT32 * weights)
 
 
 def checkpoint_bytes(shape: Shape, tokens: int, on: Measures) -> float:

@@ -17,7 +17,7 @@ from unlearn.engage import OFF, limits_of, options_of, settled, wanted_of
 from unlearn.measures import GIB, Load
 from unlearn.memory import host_bytes, is_out_of_memory, resident_mib
 from unlearn.methods import METHODS
-from unlearn.optimizers import is_installed
+from unlearn.optimizers import is_available
 from unlearn.plan import CONTEXT_BYTES, Budget, Plan, choose
 from unlearn.saturation import saturation
 from unlearn.shapes import shape_of_config
@@ -121,7 +121,7 @@ def forecast(
         tileable = not_understood(decoder_layers(model)) is None
     except ValueError as error:
         return Forecast(settled(config, None, limited=budget.gpu is not None), budget, None, device, held, str(error))
-    wanted = wanted_of(config, shape, tileable=tileable, installed=is_installed)
+    wanted = wanted_of(config, shape, tileable=tileable, available=lambda name: is_available(name, device))
     plan = choose(shape, run_load(config, packing), budget, wanted)
     return Forecast(settled(config, plan, limited=budget.gpu is not None), budget, plan, device, held)
 

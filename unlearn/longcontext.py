@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 
 from torch import nn
 
 from unlearn.config import TrainConfig
 from unlearn.engage import layers_on_host
+from unlearn.liger import liger_layers
 from unlearn.offload import CheckpointStore, offloaded_checkpoints
 from unlearn.tiled import decoder_layers, tiled
 
@@ -17,12 +19,17 @@ from unlearn.tiled import decoder_layers, tiled
 def long_context(
     model: nn.Module, config: TrainConfig, *, longest: int = 0, say: Callable[[str], None]
 ) -> Iterator[None]:
-    """Tiled layers and offloaded checkpoints as `config` names them, nothing of what it leaves open; longest: tokens of
-    the longest pack. Without tiles, offloading needs transformers' own checkpointing to be on already
-    (unlearn.train.repeatable).
+    """Tiled layers, offloaded checkpoints and liger-kernel's layers as `config` names them, nothing of what it leaves
+    open; longest: tokens of the longest pack. Without tiles, offloading needs transformers' own checkpointing to be on
+    already (unlearn.train.repeatable).
 
-    Raises ValueError for layers that cannot be tiled and for more layers to offload than there are.
+    Raises ValueError for layers that cannot be tiled or replaced and for more layers to offload than there are.
     """
+    if config.liger_kernels:
+        plain = dataclasses.replace(config, liger_kernels=False)
+        with liger_layers(model), long_context(model, plain, longest=longest, say=say):
+            yield
+        return
     if not config.tile_tokens and not layers_on_host(config, 1):
         yield
         return

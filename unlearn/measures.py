@@ -21,7 +21,8 @@ MEASURES = {
     "attention kept": Measure("with tiles, attention outputs stay; only where asked for (--save-attention)", True),
     "checkpoints on host": Measure("layers' inputs wait in pinned host memory (--offload-checkpoints)", True),
     "adamw": Measure("AdamW, float32 states, bf16 weights rounded stochastically", True),
-    "adamw-bf16": Measure("the same with bf16 states (--optimizer adamw-bf16)", True),
+    "adamw-offload": Measure("the same bits, its states in pinned host memory (--optimizer adamw-offload)", True),
+    "adamw-bf16": Measure("AdamW with bf16 states (--optimizer adamw-bf16)", True),
     "adamw8bit": Measure("8-bit states in blocks of 256 (--optimizer adamw8bit)", True),
     "adafactor": Measure("row and column sums for states (--optimizer adafactor); planned only where asked for", True),
     "step in backward": Measure("a weight is stepped once its gradient is there (--optimizer-in-backward)", True),
@@ -29,7 +30,14 @@ MEASURES = {
     "qlora": Measure("the same; the layers' matrices in 4 bits", False),
 }
 # Bytes of optimizer states per trained weight; 8 bits: two states of one byte and a float32 scale for each 256.
-STATE_BYTES = {"adamw": 2 * FLOAT32, "adamw-bf16": 2 * 2, "adamw8bit": 2 * (1 + FLOAT32 / 256), "adafactor": 0}
+STATE_BYTES = {
+    "adamw": 2 * FLOAT32,
+    "adamw-offload": 0,
+    "adamw-bf16": 2 * 2,
+    "adamw8bit": 2 * (1 + FLOAT32 / 256),
+    "adafactor": 0,
+}
+HOST_STATE_BYTES = {"adamw-offload": 2 * FLOAT32}
 IN_BACKWARD = "-in-backward"
 
 

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_LESS = "fewer layers or a shorter context"
+
 
 @dataclass(frozen=True)
 class Ticket:
@@ -118,7 +120,7 @@ class CheckpointStore:
             return
         if x.device.type == "cuda" and self._stream is None:
             self._stream = torch.cuda.Stream(x.device)
-        self._slab = _host_bytes(self.num_offloaded * num_bytes, x.device)
+        self._slab = host_bytes(self.num_offloaded * num_bytes, x.device, "offload_checkpoints", _LESS)
         if self._say is not None:
             self._say(
                 f"layer inputs: {self.num_offloaded} of {self.num_layers} layers on the host,"
@@ -151,22 +153,29 @@ class CheckpointStore:
     def _free(self) -> None:
         if self._slab is not None and self._stream is not None:
             self._stream.synchronize()
-            torch.cuda.cudart().cudaHostUnregister(self._slab.data_ptr())
+            unpin(self._slab)
         self._slab, self._slot_bytes = None, 0
 
 
-def _host_bytes(num_bytes: int, device: torch.device) -> Tensor:
-    """Exactly num_bytes of host memory, pinned where CUDA copies from it."""
-    wanted = f"offload_checkpoints: {num_bytes / 2**30:.3g} GiB of host memory"
+def host_bytes(num_bytes: int, device: torch.device, setting: str, less: str) -> Tensor:
+    """Exactly num_bytes of host memory, pinned where CUDA copies from it; `unpin` them before they are given back.
+
+    Raises ValueError naming the setting that asked for them, and what would need less.
+    """
+    wanted = f"{setting}: {num_bytes / 2**30:.3g} GiB of host memory"
     try:
         slab = torch.empty(num_bytes, dtype=torch.uint8)
     except RuntimeError:
-        raise ValueError(f"{wanted} could not be had; fewer layers or a shorter context need less") from None
+        raise ValueError(f"{wanted} could not be had; {less} would need less") from None
     if device.type == "cuda":
         status = int(torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), num_bytes, 0))
         if status != 0:
-            raise ValueError(f"{wanted} could not be pinned (CUDA error {status}); fewer layers need less")
+            raise ValueError(f"{wanted} could not be pinned (CUDA error {status}); {less} would need less")
     return slab
+
+
+def unpin(slab: Tensor) -> None:
+    torch.cuda.cudart().cudaHostUnregister(slab.data_ptr())
 
 
 def offloading_checkpoint(store: CheckpointStore, index: int, checkpoint: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,16 +1,24 @@
-"""AdamW with stochastic rounding for bf16 weights, and the learning-rate schedule.
+"""AdamW with stochastic rounding for bf16 weights, its states on the device or the host; the learning-rate schedule.
 
 bf16 values near 0.02 are 1.2e-4 apart, and a step moves a weight only past half of that: AdamW's steps at lr 1e-5 are
 six times too small and are dropped whole. Over N(0, 0.02) weights plain bf16 AdamW travels 18 % of the intended
 distance. Rounding up with a probability equal to the fraction lost keeps the expectation exact, at 2 bytes per weight
 where float32 master weights cost 4 more.
+
+The two states are as large as four bf16 weights. AdamWOffload keeps them on the host, for the price of the bus.
 """
 
-from collections.abc import Callable, Iterable
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from unlearn.offload import host_bytes, unpin
 
 # float32 temporaries of one parameter slice; a 128256 x 4096 head taken whole would need 2 GiB for each of four
 _SLICE_NUMEL = 1 << 24
@@ -61,24 +69,30 @@ class AdamWSR(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    self._update(weight, group)
+        moving = ((weight, group) for group in self.param_groups for weight in group["params"])
+        self._update(
+            _slices(weight, self._state_of(weight), group) for weight, group in moving if weight.grad is not None
+        )
         return loss
 
-    def _update(self, weight: Tensor, group: dict[str, Any]) -> None:
+    def _state_of(self, weight: Tensor) -> dict[str, Any]:
         state = self.state[weight]
         if not state:
-            dtype = torch.float64 if weight.dtype == torch.float64 else self.state_dtype
             state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(weight, dtype=dtype)
-            state["exp_avg_sq"] = torch.zeros_like(weight, dtype=dtype)
+            for name in _STATES:
+                state[name] = self._zeros(weight, name)
         state["step"] += 1
-        tensors = [torch.atleast_1d(t) for t in (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"])]
-        rows = max(1, _SLICE_NUMEL * len(tensors[0]) // max(1, weight.numel()))
-        for w, g, m, v in zip(*(t.split(rows) for t in tensors), strict=True):
-            self._update_slice(w, g, m, v, state["step"], group)
+        return state
+
+    def _dtype_of_state(self, weight: Tensor) -> torch.dtype:
+        return torch.float64 if weight.dtype == torch.float64 else self.state_dtype
+
+    def _zeros(self, weight: Tensor, name: str) -> Tensor:
+        return torch.zeros_like(weight, dtype=self._dtype_of_state(weight))
+
+    def _update(self, weights: Iterable[Iterator[_Slice]]) -> None:
+        for piece in itertools.chain.from_iterable(weights):
+            self._update_slice(*piece)
 
     def _update_slice(
         self, weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, group: dict[str, Any]
@@ -108,6 +122,125 @@ class AdamWSR(torch.optim.Optimizer):
 
     def _weights(self) -> list[Tensor]:
         return [weight for group in self.param_groups for weight in group["params"]]
+
+
+_STATES = ("exp_avg", "exp_avg_sq")
+# weight, gradient, exp_avg, exp_avg_sq, the step that it is, group
+_Slice = tuple[Tensor, Tensor, Tensor, Tensor, int, dict[str, Any]]
+
+
+def _rows(weight: Tensor) -> int:
+    """Of a slice: the first dimension of what is updated at once."""
+    return max(1, _SLICE_NUMEL * len(torch.atleast_1d(weight)) // max(1, weight.numel()))
+
+
+def _slices(weight: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Iterator[_Slice]:
+    tensors = (torch.atleast_1d(t) for t in (weight, weight.grad, *(state[name] for name in _STATES)))
+    for w, g, m, v in zip(*(t.split(_rows(weight)) for t in tensors), strict=True):
+        yield w, g, m, v, state["step"], group
+
+
+class AdamWOffload(AdamWSR):
+    """AdamWSR whose states wait in host memory and visit the device slice by slice: the same bits, resumed ones too.
+
+    Held on the host: 8 bytes per weight with float32 states, one slab of exactly that size, pinned for CUDA. On the
+    device: two pairs of slices, one at work while the next one is fetched. 16 bytes per weight cross the bus in a step,
+    on a stream of their own. On a CPU the same copies are made without streams.
+
+    torchao's CPUOffloadOptimizer was not taken: it copies weights too, so that a resumed run goes on from those that
+    it was constructed with; it copies a gradient before it could be clipped; it updates on the CPU, one optimizer and
+    one noise generator per weight; and it cannot be constructed without a GPU.
+
+    Raises ValueError where the host has no memory for the states.
+    """
+
+    def __init__(self, params: Iterable[Any], **options: Any) -> None:
+        super().__init__(params, **options)
+        device = self.generator.device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._places: dict[tuple[Tensor, str], slice] = {}
+        # a slab for each dtype: torch.save refuses one memory in two
+        ends, largest = dict[torch.dtype, int](), 0
+        for weight in self._weights():
+            dtype = self._dtype_of_state(weight)
+            for name in _STATES:
+                end = ends.get(dtype, 0)
+                ends[dtype] = end + weight.numel()
+                self._places[weight, name] = slice(end, ends[dtype])
+            row = weight.numel() // max(1, len(torch.atleast_1d(weight)))
+            largest = max(largest, min(weight.numel(), _rows(weight) * row) * dtype.itemsize)
+        self._slabs: dict[torch.dtype, Tensor] = {}
+        for dtype, end in ends.items():
+            slab = host_bytes(end * dtype.itemsize, device, "optimizer: adamw-offload", "adamw8bit or adafactor")
+            self._slabs[dtype] = slab.view(dtype)
+            if self._stream is not None:
+                weakref.finalize(self, _give_back, slab, self._stream).atexit = False
+        self._staged = [[torch.empty(largest, dtype=torch.uint8, device=device) for _ in _STATES] for _ in range(2)]
+
+    @property
+    def staged_bytes(self) -> int:
+        """All that the device holds of the states."""
+        return sum(tensor.nbytes for pair in self._staged for tensor in pair)
+
+    def state_dict(self) -> dict[str, Any]:
+        self._settle()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As AdamWSR's; the states go straight to the host."""
+        super().load_state_dict({**state_dict, "state": {}})
+        self._settle()
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for weight, i in zip(self._weights(), saved_ids, strict=True):
+            saved = state_dict["state"].get(i)
+            if saved is not None:
+                here = {name: self._zeros(weight, name) for name in _STATES}
+                for name, state in here.items():
+                    state.copy_(saved[name])
+                self.state[weight] = {"step": saved["step"], **here}
+
+    def _zeros(self, weight: Tensor, name: str) -> Tensor:
+        return self._slabs[self._dtype_of_state(weight)][self._places[weight, name]].zero_().view(weight.shape)
+
+    def _settle(self) -> None:
+        """The host may read what it holds."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def _update(self, weights: Iterable[Iterator[_Slice]]) -> None:
+        """One stream carries everything in order, so that a pair is fetched into only once it is back on the host."""
+        if self._stream is not None:  # what is staged may lie where a tensor lay that queued kernels still read
+            self._stream.wait_stream(torch.cuda.current_stream(self.generator.device))
+        pieces = itertools.chain(itertools.chain.from_iterable(weights), [None])
+        fetched = None
+        for number, (piece, following) in enumerate(itertools.pairwise(pieces)):
+            assert piece is not None
+            (m, v), there = fetched or self._fetch(piece, number)
+            fetched = None if following is None else self._fetch(following, number + 1)
+            if there is not None:
+                torch.cuda.current_stream(m.device).wait_event(there)
+            w, g, m_home, v_home, step, group = piece
+            self._update_slice(w, g, m, v, step, group)
+            self._copy(((m_home, m), (v_home, v)), after_current=True)
+
+    def _fetch(self, piece: _Slice, number: int) -> tuple[list[Tensor], Any]:
+        here = []
+        for staged, home in zip(self._staged[number % 2], piece[2:4], strict=True):
+            here.append(staged[: home.nbytes].view(home.dtype).view(home.shape))
+        self._copy(zip(here, piece[2:4], strict=True))
+        return here, None if self._stream is None else self._stream.record_event()
+
+    def _copy(self, pairs: Iterable[tuple[Tensor, Tensor]], *, after_current: bool = False) -> None:
+        if self._stream is not None and after_current:
+            self._stream.wait_stream(torch.cuda.current_stream(self.generator.device))
+        with torch.cuda.stream(self._stream):  # None: nothing
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+
+
+def _give_back(slab: Tensor, stream: torch.cuda.Stream) -> None:
+    stream.synchronize()
+    unpin(slab)
 
 
 def restore_states(optimizer: Any, state_dict: dict[str, Any]) -> None:

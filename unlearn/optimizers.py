@@ -3,7 +3,8 @@
 Bytes per trained weight beside the weight itself (bf16), with the gradient kept until the step / freed in the backward:
 
     adamw       unlearn.optim.AdamWSR: 2 + 8 / 8     two float32 states
-    adamw-bf16  the same:              2 + 4 / 4     two bf16 states, rounded stochastically
+    adamw-offload  the same bits:      2 / 0         and 8 bytes on the host (unlearn.optim.AdamWOffload)
+    adamw-bf16  the same but bits:     2 + 4 / 4     two bf16 states, rounded stochastically
     adamw8bit   torchao's AdamW8bit:   2 + 2.03 / 2.03   two 8-bit states with a scale per 256; weights of fewer than
                                        4096 values keep states in their own dtype
     adafactor   torch's Adafactor:     2 / 0         row and column sums; 16 bytes per weight of the largest matrix
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from unlearn.config import TrainConfig
-from unlearn.optim import AdamWSR, restore_states, round_stochastically_
+from unlearn.optim import AdamWOffload, AdamWSR, restore_states, round_stochastically_
 
 
 def make_optimizer(config: TrainConfig, weights: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -34,9 +35,11 @@ def make_optimizer(config: TrainConfig, weights: Iterable[Tensor]) -> torch.opti
     return _MAKERS[config.optimizer](list(weights), **options)
 
 
-def is_installed(name: str) -> bool:
-    """Whether the library of the optimizer `name` is here."""
-    return name != "adamw8bit" or importlib.util.find_spec("torchao") is not None
+def is_available(name: str, device: torch.device) -> bool:
+    """Whether the optimizer `name` can step weights on `device` with the libraries that are here."""
+    if name == "adamw8bit":
+        return importlib.util.find_spec("torchao") is not None
+    return name != "adamw-offload" or device.type == "cuda"
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -162,6 +165,15 @@ class _OwnNoise:
         self._noise = [state.cpu() for state in state_dict["noise"]]
 
 
+def _adamw_offload(weights: list[Tensor], **options: Any) -> torch.optim.Optimizer:
+    device = weights[0].device.type
+    if device != "cuda":
+        raise ValueError(
+            f"optimizer: adamw-offload spares a GPU's memory and the model is on {device!r}; adamw is accepted"
+        )
+    return AdamWOffload(weights, **options)
+
+
 def _adamw8bit(weights: list[Tensor], *, lr: float, weight_decay: float, seed: int) -> torch.optim.Optimizer:
     try:
         from torchao.optim import AdamW8bit
@@ -175,6 +187,7 @@ def _adamw8bit(weights: list[Tensor], *, lr: float, weight_decay: float, seed: i
 
 _MAKERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": AdamWSR,
+    "adamw-offload": _adamw_offload,
     "adamw-bf16": partial(AdamWSR, state_dtype=torch.bfloat16),
     "adamw8bit": _adamw8bit,
     "adafactor": AdafactorSR,

@@ -22,6 +22,7 @@ from unlearn.footprint import (
     gradient_bytes,
     head_bytes,
     head_gradient_bytes,
+    host_state_bytes,
     kept_attention_bytes,
     largest_matrix,
     layer_bytes,
@@ -68,6 +69,11 @@ class Plan:
     host: float
     seconds: float
 
+    @property
+    def host_states(self) -> float:
+        """What the optimizer's states take of `host`; the rest is checkpoints."""
+        return host_state_bytes(self.shape, self.on)
+
     def moment_total(self, moment: str) -> float:
         """Bytes on the GPU at one of MOMENTS."""
         return sum(self.moments[moment].values())
@@ -112,7 +118,8 @@ class Plan:
             "measures": asdict(self.on) | {"names": self.on.names(), "not_built": self.on.not_built()},
             "moments": self.moments,
             "peak_moment": self.peak_moment,
-            "parts": {name: self.part(name) for name in PARTS} | {"checkpoints_host": self.host},
+            "parts": {name: self.part(name) for name in PARTS}
+            | {"checkpoints_host": self.host - self.host_states, "optimizer_host": self.host_states},
             "total": self.total,
             "reserve": self.reserve,
             "gpu": self.budget.gpu,
@@ -170,10 +177,11 @@ def make(shape: Shape, load: Load, on: Measures, budget: Budget) -> Plan:
         for moment in ("top layer", "bottom layer"):
             moments[moment]["update"] = update_bytes(on, largest_matrix(shape))
     moments = {name: always | parts for name, parts in moments.items()}
-    return Plan(shape, load, on, budget, moments, on.host_layers * one, step_seconds(shape, load, on, budget.rates))
+    host = on.host_layers * one + host_state_bytes(shape, on)
+    return Plan(shape, load, on, budget, moments, host, step_seconds(shape, load, on, budget.rates))
 
 
-OPTIMIZERS = ("adamw", "adamw8bit", "adamw8bit" + IN_BACKWARD)
+OPTIMIZERS = ("adamw", "adamw8bit", "adamw-offload", "adamw8bit" + IN_BACKWARD, "adamw-offload" + IN_BACKWARD)
 
 
 @dataclass(frozen=True)

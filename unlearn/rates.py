@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from unlearn.footprint import checkpoint_bytes, trained_params
+from unlearn.footprint import checkpoint_bytes, host_state_bytes, trained_params
 from unlearn.measures import GIB, Load, Measures
 from unlearn.shapes import Shape
 
@@ -49,7 +49,7 @@ def step_seconds(shape: Shape, load: Load, on: Measures, rates: Rates) -> float:
     A token through P weights costs 2P; gradients 4P more (2P where weights are frozen), recomputing 2P, tiles 2P of
     q, k, v again. Attention costs 2 T^2 Q forward, 2.5 times that backward; where it is kept it is not recomputed. The
     head takes 4 of 2NHV, 3 frozen: a document longer than the workspace computes E twice. AdamW's unfused passes move
-    150 bytes a weight.
+    150 bytes a weight; states on the host cross the bus both ways.
     """
     frozen = on.adapter is not None
     weights = shape.layer_matmul_params * shape.layers
@@ -63,4 +63,5 @@ def step_seconds(shape: Shape, load: Load, on: Measures, rates: Rates) -> float:
     attention = scores * (forwards / rates.attention_forward + 2.5 / rates.attention_backward)
     moved = 2 * on.host_layers * checkpoint_bytes(shape, load.tokens, on) / (rates.host * 1e9)
     pack = (linear / rates.linear + attention) / 1e12 + moved
-    return load.packs * pack + 150 * trained_params(shape, on) / (rates.memory * 1e12)
+    visits = 2 * host_state_bytes(shape, on) / (rates.host * 1e9)
+    return load.packs * pack + 150 * trained_params(shape, on) / (rates.memory * 1e12) + visits

@@ -19,13 +19,17 @@ the key heads (Llama-3.1-8B: a = 1, g = 1/4), T = tile_tokens, W the bytes of it
     backward, at its peak (2 + 4a + 4g) u while the core is differentiated: the input; the incoming gradient, over which
                           the outgoing one is written; query, key, value, output and the four gradients. Beside it the
                           attention kernel's own workspace, and W: gradients of the weights behind the core
-    fewer key heads       than query heads (a > g): the packed attention repeats keys and values for the core, which
-                          makes (2 + 4a + 2g) u forward and (2 + 8a + 2g) u backward
+    that workspace        of flash attention: N*heads*head_dim*4 bytes, dq in float32; with fewer key heads than query
+                          heads (a > g) 2a u more, dk and dv of every query head
+    keys repeated         where no kernel takes fewer key heads (unlearn.attention): (2 + 4a + 2g) u forward and
+                          (2 + 8a + 2g) u backward, without those 2a u of workspace
     a tile beside it      T * (20 H + 16 I) bytes or so for an MLP of width I; 2 W in the backward (float32 sums)
     an offloaded input    1 u for the copy under way
-    several sequences     of different lengths: the core works on gathered copies, up to 6a u forward, 7a u backward
+    several sequences     of different lengths: the core works on gathered copies, a quarter longer at most, beside
+                          which query, key, value, output and its gradient stay: (3a + 2g) u and a quarter of the core's
+                          own
 
-Llama-3.1-8B, one sequence: 6.5 u forward, 10.5 u backward; Llama-2-7B (a = g = 1): 6 u and 10 u. Counted on a CPU.
+Llama-3.1-8B, one sequence: 4.5 u forward, 7 u backward; Llama-2-7B (a = g = 1): 6 u and 10 u. Counted on a CPU.
 Nothing of this depends on the number of layers but the checkpoints.
 """
 

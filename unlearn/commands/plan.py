@@ -223,8 +223,9 @@ def describe(plan: Plan) -> list[str]:
     if plan.host:
         limit = f" of {_gib(plan.budget.host)}" if plan.budget.host is not None else ""
         short = "" if plan.budget.host is None or plan.host <= plan.budget.host else ": does not fit"
-        kept = f"the checkpoints of {on.host_layers} of {shape.layers} layers"
-        lines.append(f"on the host: {_gib(plan.host)} GiB{limit}, {kept}{short}")
+        kept = [f"the checkpoints of {on.host_layers} of {shape.layers} layers"] if on.host_layers else []
+        kept += [f"optimizer states {_gib(plan.host_states)}"] if plan.host_states else []
+        lines.append(f"on the host: {_gib(plan.host)} GiB{limit}, {' and '.join(kept)}{short}")
     marked = [name + (" (not built)" if name in on.not_built() else "") for name in on.names()]
     lines.append(f"measures: {', '.join(marked)}")
     if not on.not_built():
