@@ -73,7 +73,7 @@ def forecast(config: TrainConfig, model: nn.Module, steps: list[Step], *, say: C
         host_layers=_host_layers(config, shape.layers),
         optimizer=config.optimizer,
         in_backward=config.optimizer_in_backward,
-        adapter=None if config.lora is None else "lora",
+        adapter=None if config.lora is None else "qlora" if config.lora_4bit else "lora",
         rank=config.lora or 0,
         itemsize=2 if config.dtype == "bfloat16" else 4,
     )

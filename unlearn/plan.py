@@ -164,13 +164,13 @@ MEASURES = {
     "adafactor": Measure("row and column sums for states (--optimizer adafactor); planned only where asked for", True),
     "step in backward": Measure("a weight is stepped once its gradient is there (--optimizer-in-backward)", True),
     "lora": Measure("float32 adapters of rank R on every linear layer; the model frozen (--lora R)", True),
-    "qlora": Measure("the same; the layers' matrices in 4 bits", False),
+    "qlora": Measure("the same; the layers' matrices in 4 bits (--lora R --lora-4bit)", True),
 }
 # Bytes of optimizer states per trained weight; 8 bits: two states of one byte and a float32 scale for each 256.
 STATE_BYTES = {"adamw": 2 * FLOAT32, "adamw-bf16": 2 * 2, "adamw8bit": 2 * (1 + FLOAT32 / 256), "adafactor": 0}
 IN_BACKWARD = "-in-backward"
 # nf4: half a byte, and one scale for 64 weights, itself quantized to 8 bits in blocks of 256 (arXiv:2305.14314)
-_NF4_BYTES = 0.5 + (1 + FLOAT32 / 256) / 64
+NF4_BYTES = 0.5 + (1 + FLOAT32 / 256) / 64
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def weight_bytes(shape: Shape, on: Measures) -> float:
     """b per weight; under qlora the layers' matrices in 4 bits. Adapters are float32."""
     total = float(on.itemsize * shape.params)
     if on.adapter == "qlora":
-        total -= (on.itemsize - _NF4_BYTES) * shape.layers * shape.layer_matmul_params
+        total -= (on.itemsize - NF4_BYTES) * shape.layers * shape.layer_matmul_params
     return total + (FLOAT32 * adapter_params(shape, on.rank) if on.adapter else 0)
 
 

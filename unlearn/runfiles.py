@@ -30,7 +30,7 @@ from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 from torch import nn
 
-from unlearn import __version__, adapters, checkpoint
+from unlearn import __version__, adapters, checkpoint, quantized
 from unlearn.batches import Step
 from unlearn.config import TrainConfig
 from unlearn.files import holding, naming
@@ -41,7 +41,7 @@ _WEIGHTS, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.pt", "state.json"
 # Settings that a resumed run may change: none of them reaches the weights.
 _FREE_SETTINGS = ("output", "save_every", "reference_cache", "offload_checkpoints", "save_attention")
 # What decides the last bit of a result on the same data and settings.
-_BITWISE = ("torch", "transformers", "device", "threads")
+_BITWISE = ("torch", "transformers", "device", "threads", "quantization")
 
 
 def to_json(row: dict[str, Any]) -> str:
@@ -322,6 +322,7 @@ def provenance(model: nn.Module) -> dict[str, Any]:
         "parameters": whole,
         "trained_parameters": trained,
         "lora": adapters.settings(model),
+        "quantization": quantized.described(model),
         "command": " ".join(sys.argv),
     }
 

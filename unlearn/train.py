@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from unlearn import adapters, reference
+from unlearn import adapters, quantized, reference
 from unlearn.batches import (
     Step,
     TrainingSet,
@@ -144,6 +144,8 @@ def train(
     plan = all_steps(data, config)
     rates = learning_rates(config, data, len(plan))
     longest = check_packs(plan, config)
+    if config.lora_4bit != bool(quantized.layers(model)):
+        raise ValueError(f"lora_4bit: {config.lora_4bit}, and the model was loaded with in_4bit={not config.lora_4bit}")
     if config.lora is not None:
         adapters.attach(model, config)
     header = {
@@ -161,6 +163,8 @@ def train(
         metrics = stack.enter_context(open_output(output, header, resume=resume, say=say))
         if config.lora is not None:
             say(adapters.line(model))
+        if config.lora_4bit:
+            say(quantized.line(model, config.dtype))
         expected = forecast(config, model, plan, say=say)
         stack.enter_context(expected.beside_errors())
         with adapters.as_reference(model):
