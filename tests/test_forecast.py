@@ -1,5 +1,6 @@
 """What a run says about its memory before its first step and after its last, and what it warns of."""
 
+import dataclasses
 import functools
 import re
 
@@ -39,6 +40,17 @@ def test_the_largest_pack_is_what_is_planned(tmp_path):
     assert 0 < load.answers < load.tokens
     whole = run_load(make_config(tmp_path, max_tokens=10_000), steps)
     assert whole.packs == 1 and whole.tokens == max(map(sum, members))
+
+
+def test_a_4_bit_run_is_planned_as_one(tmp_path):
+    """Weights below those of plain adapters, and else the same."""
+    config = make_config(tmp_path, lora=4, dtype="bfloat16")
+    one, two = (
+        forecast(c, make_model(config), steps_of(config), say=lambda text: None).plan
+        for c in (config, dataclasses.replace(config, lora_4bit=True))
+    )
+    assert (one.on.adapter, two.on.adapter) == ("lora", "qlora") and not two.on.not_built()
+    assert two.part("weights") < one.part("weights") and two.part("gradients") == one.part("gradients")
 
 
 def test_kl_keeps_the_references_head(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from unlearn import attention, cli, plan
+from unlearn import adapters, attention, cli, plan, quantized
 from unlearn.commands.plan import find_shape
 from unlearn.config import TrainConfig
 from unlearn.data import PackedBatch, Role
@@ -28,7 +28,14 @@ from unlearn_kernels import checks, functions, options, problem
 
 META = functools.partial(torch.empty, device="meta")
 LONG = 131072
+CONFIG = functools.partial(
+    TrainConfig, model="m", output="o", lr=1e-5, epochs=1, batch_size=1, seed=0, method="npo", forget="f", beta=0.1
+)
 NEEDS_TILES = pytest.mark.skipif(importlib.util.find_spec("unlearn.tiled") is None, reason="unlearn.tiled is not here")
+
+NEEDS_BITSANDBYTES = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
 
 
 class Flash(torch.autograd.Function):
@@ -83,6 +90,35 @@ def meta_llama(shape, layers):
     return model
 
 
+def with_adapters(model, on):
+    """Adapters as a run attaches them; under qlora above matrices packed as bitsandbytes packs them."""
+    if on.adapter == "qlora":
+        bnb = quantized.bitsandbytes("test")
+        for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]:
+            if linear is not model.lm_head:
+                packed = bnb.nn.Linear4bit(
+                    linear.in_features, linear.out_features, False, torch.bfloat16, device="meta"
+                )
+                count = linear.weight.numel()
+                scales, table = META(count // 64, dtype=torch.uint8), META(16)
+                outer = bnb.functional.QuantState(META(count >> 14), None, META(256), 256, dtype=torch.float32)
+                state = bnb.functional.QuantState(
+                    scales, linear.weight.shape, table, 64, "nf4", torch.bfloat16, META(()), outer
+                )
+                packed.weight = bnb.nn.Params4bit(
+                    META(count // 2, 1, dtype=torch.uint8), quant_state=state, bnb_quantized=True, module=packed
+                )
+                model.set_submodule(name, packed)
+        model.is_loaded_in_4bit = True
+    adapters.attach(model, CONFIG(lora=on.rank))
+
+
+def storages_of(weight):
+    """A parameter, and what a packed one needs to be read."""
+    state = getattr(weight, "quant_state", None)
+    return (weight,) if state is None else (weight, state.absmax, state.state2.absmax)
+
+
 def workspace(num_tokens):
     """Of the head: CUDA's default at 32k. In proportion beyond, or half a test's time would go to its chunks."""
     return options.DEFAULT_WORKSPACE_BYTES["cuda"] * num_tokens // (1 << 15)
@@ -115,16 +151,17 @@ def measured(name, layers, num_tokens, on, lengths=None):
     """Bytes alive at three moments of a step's forward and backward, weights included: {moment: peak}."""
     shape, on = SHAPES[name], in_tiles(on, num_tokens)
     model = meta_llama(shape, layers)
+    if on.adapter:
+        with_adapters(model, on)
     packing = attention.Segments((attention.Bucket(META(1, num_tokens, dtype=torch.int64), None),), None)
     if lengths is not None:
         made = attention.Segments.plan(lengths)
         on_meta = [[None if index is None else index.to("meta") for index in (b.gather, b.valid)] for b in made.buckets]
         buckets = tuple(attention.Bucket(*pair) for pair in on_meta)
         packing = attention.Segments(buckets, made.order.to("meta"))
-    settings = {"model": "m", "output": "o", "lr": 1e-5, "epochs": 1, "batch_size": 1, "seed": 0}
-    config = TrainConfig(**settings, method="npo", forget="f", beta=0.1)
+    config = CONFIG()
     live, peaks = LiveStorages(), {}
-    for weight in model.parameters():
+    for weight in (part for parameter in model.parameters() for part in storages_of(parameter)):
         live.see(weight, "weight")
     with ExitStack() as stack:
         switched_on(stack, on, model, live)
@@ -202,6 +239,17 @@ def test_the_working_set_alone(on):
     found = measured(shape.name, 4, LONG, on)["top layer"] - rest
     assert made.moments["top layer"]["layer"] == pytest.approx(found, rel=0.03)
     assert (12 if on.tiled else 33) * u < found < (14 if on.tiled else 35) * u
+
+
+@pytest.mark.parametrize("on", [Measures(), CHECKPOINTING, TILED])
+@pytest.mark.parametrize("adapter", ["lora", pytest.param("qlora", marks=NEEDS_BITSANDBYTES)])
+def test_adapters_and_what_they_keep_in_float32(adapter, on):
+    """The layer's working set under peft's layers, and bitsandbytes' where matrices are in 4 bits."""
+    shape, on = plan.replace(SHAPES["llama-3.1-8b"], layers=2), plan.replace(on, adapter=adapter, rank=16)
+    made = plan.make(shape, Load((1 << 15,)), in_tiles(on, 1 << 15), Budget(None))
+    found = measured(shape.name, 2, 1 << 15, on)["top layer"] + made.moments["top layer"]["optimizer"]
+    assert made.moment_total("top layer") == pytest.approx(found, rel=0.03)
+    assert made.moments["top layer"]["layer"] > 0.3 * found
 
 
 @pytest.mark.parametrize("on", [CHECKPOINTING, pytest.param(TILED, marks=NEEDS_TILES)])
@@ -325,9 +373,7 @@ def test_the_longest_context_is_the_last_that_fits():
 
 
 def test_what_is_not_built_reaches_no_context():
-    if plan.MEASURES["qlora"].available:
-        pytest.skip("it is built")
-    assert longest_context(EIGHT, lambda n: Load((n,)), H200, Wanted(adapter="qlora", built_only=True)) == 0
+    assert longest_context(EIGHT, lambda n: Load((n,)), H200, Wanted(optimizer="adamw-bf16", built_only=True)) == 0
 
 
 def test_adapters_are_used_only_when_asked_for_and_named_as_a_remedy():

@@ -288,29 +288,44 @@ def saved_bytes_per_token(shape: Shape, on: Measures, *, mixed: bool = False) ->
     (packed attention repeats the key heads), its output and logsumexp, 4bQ + f heads; the MLP gate, silu(gate), up and
     their product, 4bI. Norms of q and k their input in float32 and the normalised rows. Sequences of several lengths:
     q, k, v and output up to a quarter longer, and the output once more, in the pack's order. Adapters each keep their
-    input in float32, f(5H + Q + I): derived, not counted.
+    input in float32, f(5H + Q + I), and their inner rows, 7f rank; frozen matrices and norms keep neither the norms'
+    rows and outputs nor the product of the MLP, 4bH + bI.
     """
-    b, h, q = on.itemsize, shape.hidden, shape.q_width
+    b, h, q, i = on.itemsize, shape.hidden, shape.q_width, shape.intermediate
     norms = 2 * (FLOAT32 + 2 * b) * h
     attention = (6 if mixed else 4) * b * q + FLOAT32 * shape.heads
     extra = (FLOAT32 + b) * (q + shape.kv_width) if shape.qk_norm else 0
-    adapter = FLOAT32 * (5 * h + q + shape.intermediate) if on.adapter and b < FLOAT32 else 0
-    return norms + attention + extra + adapter + 4 * b * shape.intermediate
+    saved = norms + attention + extra + 4 * b * i
+    if _widens_inputs(on):
+        saved += FLOAT32 * (5 * h + q + i + 7 * on.rank) - 4 * b * h - b * i
+    return saved
+
+
+def _widens_inputs(on: Measures) -> bool:
+    """Adapters are float32 and compute in it."""
+    return on.adapter is not None and on.itemsize < FLOAT32
 
 
 def layer_bytes(shape: Shape, load: Load, on: Measures) -> float:
     """The working set of one layer's backward, beside its checkpoint.
 
     Whole layer: what it saved, at the product of silu(gate) and up, whose gradient is the widest: the product is gone
-    (-bI); its gradient and both factors' are there (3bI), the residual's (bH) and one matrix's gradient.
+    (-bI); its gradient and both factors' are there (3bI), the residual's (bH) and one matrix's gradient. With adapters
+    pass bI + 2bH, and under qlora a widened matrix; recomputed, more is there in that second forward, at the
+    up-projection: no product in float32 yet (-fI), what its adapter adds, before and after its scale (2fI), rows of
+    the residual and the norm (fH + 4bH; a bH less under qlora, whose layers of peft copy otherwise).
     Tiled: see _tiled_layer_bytes; sequences of several lengths add gathered copies and their gradients, 6bQ.
     """
     if on.tiled:
         return _tiled_layer_bytes(shape, load.tokens, on) + (6 * on.itemsize * shape.q_width * load.tokens) * load.mixed
     b = on.itemsize
-    matrix = b * _largest_matrix(shape) if on.adapter != "lora" else 0  # qlora: widened for its product
-    saved = saved_bytes_per_token(shape, on, mixed=load.mixed)
-    return load.tokens * (saved + 2 * b * shape.intermediate + b * shape.hidden) + matrix
+    h, i = shape.hidden, shape.intermediate
+    matrix = b * _largest_matrix(shape) if on.adapter != "lora" else 0
+    passing = 2 * b * i + b * h
+    if _widens_inputs(on):
+        rerun = FLOAT32 * (i + h) + (4 if on.adapter == "lora" else 3) * b * h
+        passing = rerun if on.checkpointing else b * i + 2 * b * h
+    return load.tokens * (saved_bytes_per_token(shape, on, mixed=load.mixed) + passing) + matrix
 
 
 def _tiled_layer_bytes(shape: Shape, tokens: int, on: Measures) -> float:
