@@ -241,8 +241,15 @@ def test_the_working_set_alone(on):
     assert (12 if on.tiled else 33) * u < found < (14 if on.tiled else 35) * u
 
 
-@pytest.mark.parametrize("on", [Measures(), CHECKPOINTING, TILED])
-@pytest.mark.parametrize("adapter", ["lora", pytest.param("qlora", marks=NEEDS_BITSANDBYTES)])
+@pytest.mark.parametrize(
+    ("adapter", "on"),
+    [
+        ("lora", Measures()),
+        ("lora", CHECKPOINTING),
+        pytest.param("qlora", CHECKPOINTING, marks=NEEDS_BITSANDBYTES),
+        pytest.param("qlora", TILED, marks=NEEDS_BITSANDBYTES),
+    ],
+)
 def test_adapters_and_what_they_keep_in_float32(adapter, on):
     """The layer's working set under peft's layers, and bitsandbytes' where matrices are in 4 bits."""
     shape, on = plan.replace(SHAPES["llama-3.1-8b"], layers=2), plan.replace(on, adapter=adapter, rank=16)

@@ -34,6 +34,7 @@ from unlearn.batches import epoch_steps, with_reference
 from unlearn.data import collate
 from unlearn.dryrun import dry_run
 from unlearn.longcontext import long_context
+from unlearn.memory import LiveStorages
 from unlearn.model import generating, head_of, hidden_states, load_model, load_skeleton
 from unlearn.scoring import score
 from unlearn.train import repeatable
@@ -155,15 +156,14 @@ def test_gradients_of_adapters_are_those_above_the_widened_matrices(files, tmp_p
 @pytest.mark.parametrize(
     "values",
     [
-        {},
         {"dtype": "bfloat16", **MEASURES["tiled"]},
         {"retain_term": "kl", "lora_targets": "all-linear,lm_head", **MEASURES["recomputed"]},
     ],
     ids=str,
 )
 def test_resume_is_bit_for_bit(files, tmp_path, optimizers, values):  # noqa: F811
-    config = qlora_config(tmp_path, "whole", save_every=2, **values)
-    expected, said = run(config, loaded(files, dtype=config.dtype), say=(said := []).append), said
+    config, said = qlora_config(tmp_path, "whole", save_every=2, **values), []
+    expected = run(config, loaded(files, dtype=config.dtype), say=said.append)
     assert any("14 matrices of 15,360 weights in nf4" in text for text in said)
     before = "policy against stored reference before the first step"
     assert any(text.startswith(before) for text in said) and steps(config)[0]["step"] == 1
@@ -247,6 +247,25 @@ def test_bytes_of_a_matrix_are_the_plans():
     layer.to("cpu")
     assert layer.weight.dtype == torch.uint8
     assert stored_bytes(layer) - 1092 == plan.NF4_BYTES * 2048 * 1024
+
+
+def test_the_whole_model_never_stands_in_bf16(tmp_path):
+    """Each matrix is quantized as it is read: beside what stays, one at a time, in wider dtypes."""
+
+    class Held(LiveStorages):
+        def see(self, tensor, name):
+            if not tensor.is_meta:
+                super().see(tensor, name)
+
+    tiny_llama(num_hidden_layers=8, hidden_size=128, intermediate_size=256).save_pretrained(tmp_path / "deep")
+    peaks = {}
+    for in_4bit in (False, True):
+        with Held() as live:
+            model = load_model(str(tmp_path / "deep"), dtype="bfloat16", device="cpu", in_4bit=in_4bit)
+        peaks[in_4bit] = live.peak_bytes
+    matrices = [layer.weight for layer in quantized.layers(model).values()]
+    in_bf16 = 2 * sum(map(quantized.num_weights, matrices))
+    assert peaks[False] > in_bf16 and peaks[True] < peaks[False] - in_bf16 / 4
 
 
 def test_the_dry_run_counts_what_a_loaded_model_takes(tmp_path):
