@@ -7,7 +7,6 @@ unlearn.plan and says "planned"; a measured one would say "measured" and stand i
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from typing import Any
 
 from bench.rows import environment, write
@@ -33,21 +32,19 @@ def step(context: int) -> Load:
 
 
 def row(model: str, gpu_gb: int, way: str) -> dict[str, Any]:
-    """At the longest context that fits with every measure, and how far those that are built reach."""
+    """At the longest context that fits with every measure."""
     shape, wanted = SHAPES[model], WAYS[way]
     gpu = gpu_gb * 1e9
     budget = Budget(gpu, HOST_GIB * GIB, rates=rates_for(gpu))
     longest = longest_context(shape, step, budget, wanted)
-    built = longest_context(shape, step, budget, dataclasses.replace(wanted, built_only=True))
     plan = choose(shape, step(longest), budget, wanted) if longest else None
     kind = {"case": "plan", "kind": "planned", "model": model, "gpu_gb": gpu_gb, "way": way, "host_gib": HOST_GIB}
-    return kind | {"context": longest, "context_built": built} | (_details(plan) if plan else {})
+    return kind | {"context": longest} | (_details(plan) if plan else {})
 
 
 def _details(plan: Plan) -> dict[str, Any]:
     return {
         "measures": list(plan.on.names()),
-        "not_built": list(plan.on.not_built()),
         "host_layers": plan.on.host_layers,
         "allocated_gib": round(plan.total / GIB, 2),
         "reserve_gib": round(plan.reserve / GIB, 2),
@@ -67,7 +64,7 @@ def main() -> None:
     made = rows()
     path = write("plan", [line | shared for line in made])
     for line in made:
-        print(f"{line['model']:13} {line['gpu_gb']:4} GB {line['way']:6} {line['context']:8} {line['context_built']:8}")
+        print(f"{line['model']:13} {line['gpu_gb']:4} GB {line['way']:6} {line['context']:8}")
     print(f"{len(made)} rows in {path.name}")
 
 

@@ -253,16 +253,15 @@ def plan_table() -> str:
     rows = read("plan")
     if not rows:
         return "No rows yet: `python -m bench.plan_table` makes `bench/results/plan.jsonl`."
-    lines = [["model", "GPU", "trained", "longest context", "with what is built", "s per step", "allocated + reserve",
-              "host", "measures (* not built)", ""], ["---", "---:", "---", *["---:"] * 5, "---", "---"]]  # fmt: skip
+    lines = [["model", "GPU", "trained", "longest context", "s per step", "allocated + reserve",
+              "host", "measures", ""], ["---", "---:", "---", *["---:"] * 4, "---", "---"]]  # fmt: skip
     for row in rows:
-        cells = ["none", _thousands(row["context_built"]), "", "", "", ""]
+        cells = ["none", "", "", "", ""]
         if row["context"]:
-            names = [name + "*" * (name in row["not_built"]) for name in row["measures"]]
             memory = f"{row['allocated_gib']:.1f} + {row['reserve_gib']:.1f} GiB"
             host = f"{row['host_used_gib']:.0f} GiB" if row["host_used_gib"] else ""
             seconds = f"{row['seconds']:.0f}"
-            cells = [_thousands(row["context"]), cells[1], seconds, memory, host, ", ".join(names)]
+            cells = [_thousands(row["context"]), seconds, memory, host, ", ".join(row["measures"])]
         lines.append([row["model"], f"{row['gpu_gb']} GB", row["way"], *cells, row["kind"]])
     first = rows[0]
     dirty = " with uncommitted changes" if first["dirty"] else ""

@@ -9,6 +9,7 @@ import torch
 from tests.test_train import make_config, make_data, run
 from unlearn import plan, shapes
 from unlearn.batches import epoch_steps, packing_of
+from unlearn.engage import wanted_of
 from unlearn.forecast import Forecast, run_load, saturated
 from unlearn.measures import Load, Measures
 from unlearn.plan import Budget
@@ -41,6 +42,18 @@ def test_the_largest_pack_is_what_is_planned(tmp_path):
     assert 0 < load.answers < load.tokens
     whole = run_load(make_config(tmp_path), packing_of(steps, 10_000))
     assert whole.packs == 1 and whole.tokens == max(map(sum, members))
+
+
+def test_a_4_bit_run_is_planned_as_one(tmp_path):
+    """Weights below those of plain adapters, and else the same."""
+    config = make_config(tmp_path, lora=4, dtype="bfloat16")
+    shape, load = SHAPES["llama-2-7b"], Load((1024,))
+    one, two = (
+        plan.choose(shape, load, Budget(None), wanted_of(c, shape))
+        for c in (config, dataclasses.replace(config, lora_4bit=True))
+    )
+    assert (one.on.adapter, two.on.adapter) == ("lora", "qlora")
+    assert two.part("weights") < one.part("weights") and two.part("gradients") == one.part("gradients")
 
 
 def test_kl_keeps_the_references_head(tmp_path):

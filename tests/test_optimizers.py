@@ -97,7 +97,9 @@ def test_bf16_states_halve_and_bf16_weights_move_too():
 def test_missing_torchao_takes_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
-    assert not is_installed("adamw8bit") and all(map(is_available, ("adamw", "adamw-bf16", "adafactor")))
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert not is_available("adamw8bit", gpu) and is_available("adamw-offload", gpu)
+    assert [name for name in STATE_BYTES if is_available(name, cpu)] == ["adamw", "adamw-bf16", "adafactor"]
     with pytest.raises(ValueError, match="^optimizer: adamw8bit needs torchao .*; install it, or take adamw") as caught:
         make_optimizer(config(optimizer="adamw8bit"), weights())
     assert "\n" not in str(caught.value)

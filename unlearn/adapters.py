@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from unlearn import quantized
 from unlearn.config import TrainConfig
 
 LoRA = tuple[Tensor, Tensor, float]
@@ -30,6 +31,7 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"  # peft's word for every linear layer but the head
 _NAME = "default"  # peft's name of an adapter that is alone
 _PREFIX = "base_model.model."  # what peft's own wrapper puts before every name in a file
+_BASE = "base quantized as"  # in the metadata of the weights' file, where no other reader minds it
 # What peft's LoRA can be beside W + (alpha / r) B A; the head's kernel and the merge know of none of it.
 _VARIANTS = (
     "use_dora", "modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters", "lora_bias",
@@ -69,7 +71,7 @@ def attach(model: nn.Module, config: TrainConfig) -> None:
     else:
         assert config.lora is not None
         targets = _resolve(model, config.lora_targets)
-        highest = max(min(model.get_submodule(name).weight.shape) for name in targets)
+        highest = max(_highest_rank(model.get_submodule(name)) for name in targets)
         if config.lora > highest:
             raise ValueError(f"lora: {config.lora} is not accepted; no layer here has a rank above {highest}")
         described = _peft().LoraConfig(
@@ -100,6 +102,11 @@ def _inject(model: nn.Module, described: Any) -> None:
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+
+
+def _highest_rank(layer: Any) -> int:
+    """A 4-bit matrix is stored as one column, and a Conv1D does not name its widths."""
+    return min((layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else layer.weight.shape)
 
 
 def _resolve(model: nn.Module, wanted: str | None) -> list[str]:
@@ -160,7 +167,7 @@ def line(model: nn.Module) -> str:
 
 def num_parameters(model: nn.Module) -> tuple[int, int]:
     """(trained, all) of a model, with adapters or without."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    sizes = [(quantized.num_weights(p), p.requires_grad) for p in model.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
@@ -255,7 +262,9 @@ def merge_line(lost: float, dtype: str) -> str:
 
 
 def check_mergeable(model: nn.Module, argument: str) -> None:
-    """Raises ValueError naming `argument` where merge() would change the input embedding too."""
+    """Raises ValueError naming `argument` where merge() would change the input embedding too, or a 4-bit matrix."""
+    if quantized.layers(model):
+        raise ValueError(f"{argument}: adapters are not merged into 4-bit matrices, whose rounding would swallow them")
     head = model.get_output_embeddings()
     if _is_wrapped(head) and head.base_layer.weight is model.get_input_embeddings().weight:
         remedy = "leave the head out of --lora-targets" if argument == "lora_merge" else "--lora RANK trains it further"
@@ -285,6 +294,14 @@ def base_of(name: str) -> str:
             f" base_model_name_or_path in its {CONFIG_FILE} names it"
         )
     return base
+
+
+def trained_on(folder: str) -> str | None:
+    """How the base was quantized under which the adapter of a folder was trained; None where it was not, or where the
+    file does not say."""
+    with contextlib.suppress(OSError, SafetensorError), safe_open(Path(folder) / WEIGHTS_FILE, framework="pt") as file:
+        return (file.metadata() or {}).get(_BASE)
+    return None
 
 
 def _read(folder: str) -> dict[str, Any]:
@@ -351,13 +368,15 @@ def save(model: nn.Module, folder: Path) -> None:
     tensors = _peft().functional.get_peft_model_state_dict(model, save_embedding_layers=False)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {_PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
+    base = quantized.described(model)
+    save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt", **({} if base is None else {_BASE: base})})
     described = copy.copy(model.peft_config[_NAME])
     described.inference_mode = True  # as peft writes it: who loads the folder decides whether to train it
     described.save_pretrained(str(folder))
 
 
 def _peft() -> Any:
+    quantized.import_quietly()  # peft imports it too, whatever it is asked for
     try:
         import peft
         import peft.functional

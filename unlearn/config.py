@@ -93,6 +93,10 @@ class TrainConfig:
         "linear layers that get an adapter, comma-separated (default: all-linear, which is all but the head)",
         default=None,
     )
+    lora_4bit: bool = option(
+        "QLoRA: under the adapters, hold the layers' matrices in 4 bits (nf4, double quantization, by bitsandbytes)",
+        default=False,
+    )
     lora_merge: bool = option("save the whole model with its adapters merged in, not the adapters", default=False)
     optimizer: str = option(
         "adamw, adamw-offload (the same with its states in host memory, GPU), adamw-bf16 (bf16 states), adamw8bit "
@@ -178,9 +182,15 @@ class TrainConfig:
             if (size := getattr(self, name)) is not None:
                 parse_size(name, size)
         _one_of("on_non_finite", self.on_non_finite, ("stop", "skip"))
-        for name in ("lora_alpha", "lora_targets", "lora_merge"):
+        for name in ("lora_alpha", "lora_targets", "lora_4bit", "lora_merge"):
             if self.lora is None and getattr(self, name):
                 raise ValueError(f"{name}: given, but without lora (a rank) nothing would read it")
+        if self.lora_4bit and self.lora_merge:
+            raise ValueError(
+                f"lora_merge: not accepted with lora_4bit; the run holds no {self.dtype} matrices to merge into, and"
+                " rounded to 4 bits again most of the update would be lost. The adapter goes with the unquantized base"
+                " wherever a model does"
+            )
         self._check_long_context()
         if self.retain_term != "none" and self.retain is None:
             raise ValueError(f"retain: missing, and retain_term {self.retain_term} needs rows to keep")

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from unlearn import adapters, reference
 from unlearn.batches import Packing, Step, TrainingSet, all_steps, num_steps_per_epoch, packing_of
 from unlearn.config import TrainConfig
 from unlearn.data import Role, Sequence
 from unlearn.engage import settings_of
+from unlearn.footprint import NF4_BYTES
 from unlearn.forecast import Forecast, budget_of, forecast
 from unlearn.longcontext import long_context
 from unlearn.measures import HOST_STATE_BYTES, STATE_BYTES, Measures
@@ -55,6 +57,8 @@ def dry_run(config: TrainConfig, skeleton: nn.Module, tokenizer: Any, data: Trai
         gradient_bytes = max(p.numel() * p.element_size() for p in trained)
     layer, _ = adapters.parts(skeleton.get_output_embeddings())
     head = layer.weight
+    if config.lora_4bit:
+        weight_bytes -= _spared_by_4bit(skeleton, layer)
     own_head = config.retain_term == "kl" and reference.needs_own_head(head, getattr(layer, "bias", None))
     copied_head = head.numel() * head.element_size() if own_head else 0
     peak = max(range(len(rates)), key=rates.__getitem__)
@@ -63,6 +67,7 @@ def dry_run(config: TrainConfig, skeleton: nn.Module, tokenizer: Any, data: Trai
             "name": config.model,
             "class": type(skeleton).__name__,
             "dtype": config.dtype,
+            "in_4bit": config.lora_4bit,
             "parameters": sum(p.numel() for p in parameters),
             "trained_parameters": sum(p.numel() for p in trained),
         },
@@ -111,6 +116,16 @@ def _measures(expected: Forecast) -> dict[str, Any]:
         "host_memory": budget.host,
         "fits": None if plan is None or budget.gpu is None else plan.fits,
     }
+
+
+def _spared_by_4bit(model: nn.Module, head: nn.Module) -> int:
+    """Bytes that the matrices do without in 4 bits: those of every linear layer but the head and the adapters."""
+    matrices = [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and ".lora_" not in name
+    ]
+    return round(sum(matrix.numel() * (matrix.element_size() - NF4_BYTES) for matrix in matrices))
 
 
 def _counts(sequences: Iterable[Sequence]) -> dict[str, int | float]:
@@ -189,8 +204,9 @@ def lines(found: dict[str, Any]) -> list[str]:
         ("method", found["method"] + term),
         (
             "model",
-            f"{model['name']}: {model['class']}, {model['parameters']:,} parameters in {model['dtype']}, "
-            f"{model['trained_parameters']:,} trained",
+            f"{model['name']}: {model['class']}, {model['parameters']:,} parameters in {model['dtype']}"
+            + (", its layers' matrices in 4 bits" if model["in_4bit"] else "")
+            + f", {model['trained_parameters']:,} trained",
         ),
     ]
     for name, one in found["sets"].items():

@@ -47,14 +47,13 @@ def wanted_of(
     return Wanted(
         optimizer=optimizer,
         optimizers=_optimizers(config, available),
-        adapter=None if config.lora is None else "lora",
+        adapter=None if config.lora is None else "qlora" if config.lora_4bit else "lora",
         rank=config.lora or Wanted.rank,
         itemsize=2 if config.dtype == "bfloat16" else 4,
         checkpointing=config.gradient_checkpointing,
         tile_tokens=0 if config.tile_tokens is None and not can_tile else config.tile_tokens,
         save_attention=bool(config.save_attention),
         host_layers=layers_on_host(config, shape.layers),
-        built_only=True,
     )
 
 
@@ -102,7 +101,8 @@ def options_of(plan: Plan) -> list[str]:
         options += [] if on.tiled else ["--tile-tokens", "0"]
         options += ["--offload-checkpoints", found["offload_checkpoints"]]
     options += ["--optimizer", on.optimizer, *(["--optimizer-in-backward"] if on.in_backward else [])]
-    options += [f"--{on.adapter}", str(on.rank)] if on.adapter else []
+    options += ["--lora", str(on.rank)] if on.adapter else []
+    options += ["--lora-4bit"] if on.adapter == "qlora" else []
     return options + (["--dtype", "float32"] if on.itemsize == 4 else [])
 
 

@@ -20,7 +20,7 @@ PADDED = 1.25
 # weights that unlearn.optim updates at once
 _SLICE = 1 << 24
 # nf4: half a byte, and one scale for 64 weights, itself quantized to 8 bits in blocks of 256 (arXiv:2305.14314)
-_NF4_BYTES = 0.5 + (1 + FLOAT32 / 256) / 64
+NF4_BYTES = 0.5 + (1 + FLOAT32 / 256) / 64
 
 
 def adapter_params(shape: Shape, rank: int) -> int:
@@ -37,7 +37,7 @@ def weight_bytes(shape: Shape, on: Measures) -> float:
     """b per weight; under qlora the layers' matrices in 4 bits. Adapters are float32."""
     total = float(on.itemsize * shape.params)
     if on.adapter == "qlora":
-        total -= (on.itemsize - _NF4_BYTES) * shape.layers * shape.layer_matmul_params
+        total -= (on.itemsize - NF4_BYTES) * shape.layers * shape.layer_matmul_params
     return total + (FLOAT32 * adapter_params(shape, on.rank) if on.adapter else 0)
 
 
@@ -86,31 +86,45 @@ def saved_bytes_per_token(shape: Shape, on: Measures, *, mixed: bool = False) ->
     Each norm its input in float32, the normalised rows and its output, 2 (f + 2b) H; attention q, k, v, its output and
     logsumexp, 2bQ + 2bK + f heads; the MLP gate, silu(gate), up and their product, 4bI. Norms of q and k their input in
     float32 and the normalised rows. Sequences of several lengths: q, k, v and output up to a quarter longer, and the
-    output once more, in the pack's order. Adapters each keep their input in float32, f(5H + Q + I): derived, not
-    counted.
+    output once more, in the pack's order. Adapters each keep their input in float32, f(5H + Q + I), and their inner
+    rows, 7f rank; frozen matrices and norms keep neither the norms' rows and outputs nor the product of the MLP,
+    4bH + bI.
     """
-    b, h, q, kv = on.itemsize, shape.hidden, shape.q_width, shape.kv_width
+    b, h, q, kv, i = on.itemsize, shape.hidden, shape.q_width, shape.kv_width, shape.intermediate
     norms = 2 * (FLOAT32 + 2 * b) * h
     padded = 2 * b * (q + kv) * (PADDED if mixed else 1)
     attention = padded + (b * q if mixed else 0) + FLOAT32 * shape.heads
     extra = (FLOAT32 + b) * (q + kv) if shape.qk_norm else 0
-    adapter = FLOAT32 * (5 * h + q + shape.intermediate) if on.adapter and b < FLOAT32 else 0
-    return norms + attention + extra + adapter + 4 * b * shape.intermediate
+    saved = norms + attention + extra + 4 * b * i
+    if _widens_inputs(on):
+        saved += FLOAT32 * (5 * h + q + i + 7 * on.rank) - 4 * b * h - b * i
+    return saved
+
+
+def _widens_inputs(on: Measures) -> bool:
+    """Adapters are float32 and compute in it."""
+    return on.adapter is not None and on.itemsize < FLOAT32
 
 
 def layer_bytes(shape: Shape, load: Load, on: Measures) -> float:
     """The working set of one layer's backward, beside its checkpoint.
 
     Whole layer: what it saved, at the product of silu(gate) and up, whose gradient is the widest: the product is gone
-    (-bI); its gradient and both factors' are there (3bI), the residual's (bH) and one matrix's gradient.
+    (-bI); its gradient and both factors' are there (3bI), the residual's (bH) and one matrix's gradient. With adapters
+    pass bI + 2bH, and under qlora a widened matrix; recomputed, more is there in that second forward, at the
+    up-projection: no product in float32 yet (-fI), what its adapter adds, before and after its scale (2fI), rows of
+    the residual and the norm (fH + 4bH; a bH less under qlora, whose layers of peft copy otherwise).
     Tiled: see _tiled_layer_bytes.
     """
     if on.tiled:
         return _tiled_layer_bytes(shape, load, on)
-    b = on.itemsize
-    matrix = b * largest_matrix(shape) if on.adapter != "lora" else 0  # qlora: widened for its product
-    saved = saved_bytes_per_token(shape, on, mixed=load.mixed)
-    return load.tokens * (saved + 2 * b * shape.intermediate + b * shape.hidden) + matrix
+    b, h, i = on.itemsize, shape.hidden, shape.intermediate
+    matrix = b * largest_matrix(shape) if on.adapter != "lora" else 0
+    passing = 2 * b * i + b * h
+    if _widens_inputs(on):
+        rerun = FLOAT32 * (i + h) + (4 if on.adapter == "lora" else 3) * b * h
+        passing = rerun if on.checkpointing else b * i + 2 * b * h
+    return load.tokens * (saved_bytes_per_token(shape, on, mixed=load.mixed) + passing) + matrix
 
 
 def _tiled_layer_bytes(shape: Shape, load: Load, on: Measures) -> float:

@@ -7,27 +7,19 @@ from dataclasses import dataclass, replace
 FLOAT32, GIB = 4, 1 << 30  # bytes
 
 
-@dataclass(frozen=True)
-class Measure:
-    """available: `unlearn train` can do it. What it cannot is planned only where the reader is told so."""
-
-    summary: str
-    available: bool
-
-
 MEASURES = {
-    "checkpointing": Measure("each layer recomputed in the backward (--gradient-checkpointing)", True),
-    "tiled layers": Measure("everything but the attention in tiles of tokens (--tile-tokens)", True),
-    "attention kept": Measure("with tiles, attention outputs stay; only where asked for (--save-attention)", True),
-    "checkpoints on host": Measure("layers' inputs wait in pinned host memory (--offload-checkpoints)", True),
-    "adamw": Measure("AdamW, float32 states, bf16 weights rounded stochastically", True),
-    "adamw-offload": Measure("the same bits, its states in pinned host memory (--optimizer adamw-offload)", True),
-    "adamw-bf16": Measure("AdamW with bf16 states (--optimizer adamw-bf16)", True),
-    "adamw8bit": Measure("8-bit states in blocks of 256 (--optimizer adamw8bit)", True),
-    "adafactor": Measure("row and column sums for states (--optimizer adafactor); planned only where asked for", True),
-    "step in backward": Measure("a weight is stepped once its gradient is there (--optimizer-in-backward)", True),
-    "lora": Measure("float32 adapters of rank R on every linear layer; the model frozen (--lora R)", True),
-    "qlora": Measure("the same; the layers' matrices in 4 bits", False),
+    "checkpointing": "each layer recomputed in the backward (--gradient-checkpointing)",
+    "tiled layers": "everything but the attention in tiles of tokens (--tile-tokens)",
+    "attention kept": "with tiles, attention outputs stay; only where asked for (--save-attention)",
+    "checkpoints on host": "layers' inputs wait in pinned host memory (--offload-checkpoints)",
+    "adamw": "AdamW, float32 states, bf16 weights rounded stochastically",
+    "adamw-offload": "the same bits, its states in pinned host memory (--optimizer adamw-offload)",
+    "adamw-bf16": "AdamW with bf16 states (--optimizer adamw-bf16)",
+    "adamw8bit": "8-bit states in blocks of 256 (--optimizer adamw8bit)",
+    "adafactor": "row and column sums for states (--optimizer adafactor); planned only where asked for",
+    "step in backward": "a weight is stepped once its gradient is there (--optimizer-in-backward)",
+    "lora": "float32 adapters of rank R on every linear layer; the model frozen (--lora R)",
+    "qlora": "the same; the layers' matrices in 4 bits (--lora R --lora-4bit)",
 }
 # Bytes of optimizer states per trained weight; 8 bits: two states of one byte and a float32 scale for each 256.
 STATE_BYTES = {
@@ -71,11 +63,6 @@ class Measures:
             *(["step in backward"] if self.in_backward else []),
             *([self.adapter] if self.adapter else []),
         )
-
-    def not_built(self) -> tuple[str, ...]:
-        """Those of them that `unlearn train` cannot do."""
-        return tuple(name for name in self.names() if not MEASURES[name].available)
-
 
 @dataclass(frozen=True)
 class Load:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from unlearn import adapters
+from unlearn import adapters, quantized
 from unlearn.attention import ATTENTION, Segments
 from unlearn.data import Item, PackedBatch, Role, Sequence, collate
 from unlearn_kernels.reference import logits
@@ -68,25 +68,32 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_model(
-    name: str, *, dtype: str | torch.dtype, device: torch.device | str, trust_remote_code: bool = False
+    name: str,
+    *,
+    dtype: str | torch.dtype,
+    device: torch.device | str,
+    trust_remote_code: bool = False,
+    in_4bit: bool = False,
 ) -> nn.Module:
     """A causal language model with packed attention, in evaluation mode (no dropout), its head checked.
 
-    name: a model's folder or name, or the folder of a LoRA adapter, which is put into the base that it names. Loads
-    safetensors alone. Raises ValueError when the model is not there or its head is not understood.
+    name: a model's folder or name, or the folder of a LoRA adapter, which is put into the base that it names. in_4bit:
+    with its layers' matrices as unlearn.quantized holds them, each quantized as it is read. Loads safetensors alone.
+    Raises ValueError when the model is not there or its head is not understood.
     """
     base = adapters.base_of(name)
-    model = _load_whole(base, dtype, trust_remote_code)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    model = _load_whole(base, dtype, trust_remote_code, quantized.loading_options(device, dtype) if in_4bit else {})
+    if in_4bit:
+        quantized.settle(model, dtype)
     if base != name:
         adapters.load(model, name)
-    return prepare(model.to(device))
+    return prepare(model if in_4bit else model.to(device))
 
 
-def _load_whole(name: str, dtype: str | torch.dtype, trust_remote_code: bool) -> nn.Module:
+def _load_whole(name: str, dtype: torch.dtype, trust_remote_code: bool, options: dict[str, Any]) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ValueError(f"model: no folder {name!r}")
     try:
@@ -97,9 +104,17 @@ def _load_whole(name: str, dtype: str | torch.dtype, trust_remote_code: bool) ->
             use_safetensors=True,
             attn_implementation=ATTENTION,
             output_loading_info=True,
+            **options,
         )
+    except torch.OutOfMemoryError:  # the caller's to tell
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ValueError(f"model: could not load {name!r} ({_first_line(error)})") from None
+    if quantized.layers(model) and not options:
+        raise ValueError(
+            f"model: {name!r} holds its matrices in 4 bits; accepted is an unquantized model, or this one with"
+            " --load-in-4bit, in training with --lora and --lora-4bit"
+        )
     missing = sorted(found["missing_keys"])
     if missing:  # transformers fills them with random numbers and a warning
         raise ValueError(f"model: {name!r} lacks weights of {type(model).__name__}: {', '.join(missing[:3])}")

@@ -115,7 +115,7 @@ class Plan:
             "tokens": self.load.tokens,
             "lengths": list(self.load.lengths),
             "packs": self.load.packs,
-            "measures": asdict(self.on) | {"names": self.on.names(), "not_built": self.on.not_built()},
+            "measures": asdict(self.on) | {"names": self.on.names()},
             "moments": self.moments,
             "peak_moment": self.peak_moment,
             "parts": {name: self.part(name) for name in PARTS}
@@ -190,7 +190,7 @@ class Wanted:
 
     optimizer: one of STATE_BYTES, with IN_BACKWARD behind it or not; None to go through `optimizers`. adapter: none,
     lora or qlora, only where asked for. checkpointing: False keeps tiles off too, which recompute; tile_tokens: 0 for
-    no tiles; host_layers: 0 for none. built_only: leave out what `unlearn train` cannot do.
+    no tiles; host_layers: 0 for none.
     """
 
     optimizer: str | None = None
@@ -202,7 +202,6 @@ class Wanted:
     tile_tokens: int | None = None
     save_attention: bool = False
     host_layers: int | None = None
-    built_only: bool = False
 
     def ways(self, on: Measures) -> list[Measures]:
         """`on` with each way to recompute that is left open, in order: not at all, whole layers, tiles."""
@@ -253,13 +252,9 @@ def choose(shape: Shape, load: Load, budget: Budget, wanted: Wanted) -> Plan:
     """The first plan of the ladder that fits; where none does, the one that lacks least."""
     plans = []
     for plan in ladder(shape, load, budget, wanted):
-        if wanted.built_only and plan.on.not_built():
-            continue
         if plan.fits:
             return plan
         plans.append(plan)
-    if not plans:  # what was asked for is itself not built
-        return choose(shape, load, budget, replace(wanted, built_only=False))
     # a plan that only the host's memory stops is nearer than one that the GPU's does
     return max(plans, key=lambda plan: min(plan.headroom, (budget.host or math.inf) - plan.host))
 
@@ -273,8 +268,7 @@ def longest_context(shape: Shape, load: Callable[[int], Load], budget: Budget, w
         raise ValueError("gpu-memory: missing, and the longest context depends on it")
 
     def fits(context: int) -> bool:
-        plan = choose(shape, load(context), budget, wanted)
-        return plan.fits and not (wanted.built_only and plan.on.not_built())
+        return choose(shape, load(context), budget, wanted).fits
 
     low, high = 0, MOST // STEP
     while low < high:
@@ -287,21 +281,16 @@ def remedies(plan: Plan, load: Callable[[int], Load], wanted: Wanted) -> list[st
     """What would make a plan fit that does not, one sentence each."""
     shape, budget, context = plan.shape, plan.budget, plan.load.lengths[0]
     found = []
-    if wanted.built_only:
-        full = replace(wanted, built_only=False)
-        other = choose(shape, load(context), budget, full)
-        if other.fits:
-            found.append(f"{', '.join(other.on.not_built())} (not built yet)")
     for adapter in ("lora", "qlora"):
         if wanted.adapter not in (adapter, "qlora"):
             other = choose(shape, load(context), budget, replace(wanted, adapter=adapter, optimizer=None))
             if other.fits:
-                found.append(f"{adapter} of rank {wanted.rank}{_unbuilt(other)}")
+                found.append(f"{adapter} of rank {wanted.rank}")
                 break
     if wanted.optimizer is None and wanted.adapter is None:
         other = choose(shape, load(context), budget, replace(wanted, optimizer="adafactor" + IN_BACKWARD))
         if other.fits:
-            found.append(f"--optimizer adafactor{IN_BACKWARD}{_unbuilt(other)}")
+            found.append(f"--optimizer adafactor{IN_BACKWARD}")
     longest = longest_context(shape, load, budget, wanted)
     if longest:
         found.append(f"a context of at most {longest} tokens")
@@ -310,8 +299,3 @@ def remedies(plan: Plan, load: Callable[[int], Load], wanted: Wanted) -> list[st
     unlimited = choose(shape, load(context), replace(budget, gpu=0.0), wanted)
     found.append(f"a GPU of {math.ceil((unlimited.total + unlimited.reserve) / GIB)} GiB")
     return found
-
-
-def _unbuilt(plan: Plan) -> str:
-    names = plan.on.not_built()
-    return f" ({', '.join(names)}: not built yet)" if names else ""

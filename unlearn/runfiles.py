@@ -31,7 +31,7 @@ from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 from torch import nn
 
-from unlearn import __version__, adapters, checkpoint
+from unlearn import __version__, adapters, checkpoint, quantized
 from unlearn.batches import Step
 from unlearn.config import TrainConfig, coerce
 from unlearn.engage import OFF, is_open
@@ -45,7 +45,7 @@ _FREE_SETTINGS = (
     "output", "save_every", "reference_cache", "offload_checkpoints", "save_attention", "gpu_memory", "host_memory",
 )  # fmt: skip
 # What decides the last bit of a result on the same data and settings.
-_BITWISE = ("torch", "transformers", "device", "threads")
+_BITWISE = ("torch", "transformers", "device", "threads", "quantization")
 
 
 def to_json(row: dict[str, Any]) -> str:
@@ -350,6 +350,7 @@ def provenance(model: nn.Module) -> dict[str, Any]:
         "parameters": whole,
         "trained_parameters": trained,
         "lora": adapters.settings(model),
+        "quantization": quantized.described(model),
         "command": " ".join(sys.argv),
     }
 

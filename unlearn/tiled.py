@@ -158,7 +158,8 @@ class _Stage(nn.Module):
 class _Gradients:
     """Gradients of a module's weights, added up over tiles in float32 and handed out once in the weights' dtype.
 
-    The module runs on detached aliases of its weights: what a tile adds must not reach the weights' own hooks.
+    The module runs on detached aliases of the weights that are trained: what a tile adds must not reach their own
+    hooks. Frozen ones stay the module's own: a 4-bit matrix detached would have lost what widens it.
     """
 
     module: nn.Module
@@ -167,17 +168,16 @@ class _Gradients:
     settled: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        names = [name for name, _ in self.module.named_parameters()]
-        pairs = zip(names, self.weights, strict=True)
-        self._aliases = {f"module.{name}": w.detach().requires_grad_(w.requires_grad) for name, w in pairs}
-        self._trained = {name: alias for name, alias in self._aliases.items() if alias.requires_grad}
+        self._names = [f"module.{name}" for name, _ in self.module.named_parameters()]
+        pairs = zip(self._names, self.weights, strict=True)
+        self._trained = {name: _leaf(weight) for name, weight in pairs if weight.requires_grad}
         self._stage = _Stage(self.module)
 
     def tile(self, function: Callable[..., Any], inputs: Sequence[Tensor], *args: Any, upstream: Tensors) -> Tensors:
         """Gradients of function(module, *inputs, *args) for those inputs that require one; the weights' are added to
         the sums. upstream: the gradient of each output."""
         with torch.enable_grad():
-            outputs = torch.func.functional_call(self._stage, self._aliases, (function, *inputs, *args))
+            outputs = torch.func.functional_call(self._stage, self._trained, (function, *inputs, *args))
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
         # with frozen projections below the first layer not every output depends on anything that is trained
         reached = [(out, grad) for out, grad in zip(outputs, upstream, strict=True) if out.requires_grad]
@@ -198,11 +198,11 @@ class _Gradients:
     def settle(self) -> None:
         """The sums so far are complete: round them, so that their float32 memory goes to the next stage."""
         for name in list(self.sums):
-            total = self.sums.pop(name).to(self._aliases[name].dtype)
+            total = self.sums.pop(name).to(self._trained[name].dtype)
             self.settled[name] = self.settled[name] + total if name in self.settled else total
 
     def result(self) -> list[Tensor | None]:
-        return [self.settled.get(name) for name in self._aliases]
+        return [self.settled.get(name) for name in self._names]
 
 
 class TiledLayer:

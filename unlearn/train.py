@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from unlearn import adapters, reference
+from unlearn import adapters, quantized, reference
 from unlearn.batches import (
     Packing,
     Step,
@@ -147,6 +147,8 @@ def train(
     output, device = Path(config.output), next(model.parameters()).device
     plan = all_steps(data, config)
     rates = learning_rates(config, data, len(plan))
+    if config.lora_4bit != bool(quantized.layers(model)):
+        raise ValueError(f"lora_4bit: {config.lora_4bit}, and the model was loaded with in_4bit={not config.lora_4bit}")
     packing = packing_of(plan, config.max_tokens)
     check_packs(packing, config)
     if config.lora is not None:
@@ -169,6 +171,8 @@ def train(
         metrics = stack.enter_context(open_output(output, header, resume=resume, say=say))
         if config.lora is not None:
             say(adapters.line(model))
+        if config.lora_4bit:
+            say(quantized.line(model, config.dtype))
         for line in [f"warning: {text}" for text in saturated(config, plan)] + expected.lines():
             say(line)
         stack.enter_context(expected.beside_errors())

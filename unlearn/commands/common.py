@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    parser.add_argument(
+        "--load-in-4bit",
+        action="store_true",
+        help="hold the layers' matrices in 4 bits, as train's --lora-4bit does (default: in --dtype, under an adapter "
+        "that was trained so as well)",
+    )
 
 
 def add_output_option(parser: argparse.ArgumentParser, file: str, content: str) -> None:
@@ -99,12 +106,21 @@ def load_tokenizer(name: str, *, trust_remote_code: bool) -> tuple[Any, int | No
 
 
 def load_model(args: argparse.Namespace, name: str) -> Any:
-    """The model `name` as the options of add_model_options say."""
-    from unlearn import model
+    """The model `name` as the options of add_model_options say; standard error tells when an adapter's base is not
+    what it was trained with."""
+    from unlearn import adapters, model, quantized
 
+    if args.load_in_4bit:
+        quantized.bitsandbytes("load-in-4bit")
+    options = {"trust_remote_code": args.trust_remote_code, "in_4bit": args.load_in_4bit}
     with loading(name):
         device = model.resolve_device(args.device)
-        return model.load_model(name, dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code)
+        found = model.load_model(name, dtype=args.dtype, device=device, **options)
+    before, now = adapters.trained_on(name), quantized.described(found)
+    if adapters.layers(found) and before != now:
+        trained = f"under a base in {before}" if before else "under an unquantized base"
+        print(f"{name}: the adapter was trained {trained}; its base here is in {now or args.dtype}", file=sys.stderr)
+    return found
 
 
 def print_metrics(values: dict[str, float], *, as_json: bool) -> None:

@@ -21,7 +21,7 @@ from unlearn.commands.common import (
 )
 
 # what decides an evaluation's numbers beside the model and the rows
-_STORED_OPTIONS = ("gold", "reference_model", "max_rows", "max_new_tokens", "dtype", "device")
+_STORED_OPTIONS = ("gold", "reference_model", "max_rows", "max_new_tokens", "dtype", "device", "load_in_4bit")
 
 
 def add(commands: Any) -> None:

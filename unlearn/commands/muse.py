@@ -19,7 +19,7 @@ from unlearn.commands.common import (
 )
 
 # what decides the numbers beside the model and the rows
-_STORED_OPTIONS = ("gold", "data", "max_rows", "prompt_tokens", "dtype", "device")
+_STORED_OPTIONS = ("gold", "data", "max_rows", "prompt_tokens", "dtype", "device", "load_in_4bit")
 _SETS = ("forget", "verbmem", "holdout", "forget_qa", "forget_shots", "retain_qa", "retain_shots")
 
 

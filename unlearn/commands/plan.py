@@ -69,7 +69,6 @@ def add(commands: Any) -> None:
         metavar="T",
         help="budget of one forward, as in train (default: a document at a time)",
     )
-    parser.add_argument("--built", action="store_true", help="only measures that `unlearn train` has now")
     parser.add_argument("--rates", choices=list(RATES), help="of which GPU (default: the usual one of that memory)")
     parser.add_argument("--beta", type=float, default=0.1, help="of NPO, for the warning (default: %(default)s)")
     parser.add_argument(
@@ -86,10 +85,7 @@ def _ending() -> str:
     lines = ["models known by name:"]
     lines += [f"  {name:14} {shape.params / 1e9:6.2f} G weights, {shape.source}" for name, shape in SHAPES.items()]
     lines.append("measures:")
-    lines += [
-        f"  {name:22} {measure.summary}{'' if measure.available else ' [not built]'}"
-        for name, measure in MEASURES.items()
-    ]
+    lines += [f"  {name:22} {summary}" for name, summary in MEASURES.items()]
     lines.append("rates, TFLOP/s of linear layers and of attention forward and backward:")
     lines += [
         f"  {r.name:14} {r.linear:g}, {r.attention_forward:g}, {r.attention_backward:g}: {r.source}"
@@ -167,7 +163,7 @@ def _plan(args: argparse.Namespace) -> int:
     gpu, host = limits_of(config)
     assert gpu is not None
     budget = Budget(gpu, host, rates=RATES[args.rates] if args.rates else rates_for(gpu))
-    wanted = dataclasses.replace(wanted_of(config, shape), built_only=args.built)
+    wanted = wanted_of(config, shape)
     if (wanted.host_layers or 0) > shape.layers:
         raise ValueError(f"offload_checkpoints: {wanted.host_layers} is not accepted; 0 to {shape.layers} layers are")
     if args.qlora:
@@ -178,17 +174,16 @@ def _plan(args: argparse.Namespace) -> int:
         return Load((context,) * together, -(-args.documents // together), fixed=args.max_tokens is not None)
 
     longest = longest_context(shape, load, budget, wanted)
-    built = longest_context(shape, load, budget, dataclasses.replace(wanted, built_only=True))
     plan = choose(shape, load(args.context or longest or 1024), budget, wanted)
     warning = saturation(beta=args.beta, tokens=plan.load.lengths[0], drift=args.drift)
     mended = [] if plan.fits else remedies(plan, load, wanted)
     if args.json:
-        extra = {"longest_context": longest, "longest_context_built": built, "would_fit": mended, "warning": warning}
-        extra["options"] = None if plan.on.not_built() else options_of(plan)
+        extra = {"longest_context": longest, "would_fit": mended, "warning": warning}
+        extra["options"] = options_of(plan)
         print(json.dumps(plan.to_dict() | extra, allow_nan=False))
         return 0
     print("\n".join(describe(plan)))
-    print(f"longest context that fits: {_limit(longest)}; with what `unlearn train` has now: {_limit(built)}")
+    print(f"longest context that fits: {_limit(longest)}")
     if mended:
         print(f"would fit: {'; '.join(mended)}")
     if warning:
@@ -226,10 +221,8 @@ def describe(plan: Plan) -> list[str]:
         kept = [f"the checkpoints of {on.host_layers} of {shape.layers} layers"] if on.host_layers else []
         kept += [f"optimizer states {_gib(plan.host_states)}"] if plan.host_states else []
         lines.append(f"on the host: {_gib(plan.host)} GiB{limit}, {' and '.join(kept)}{short}")
-    marked = [name + (" (not built)" if name in on.not_built() else "") for name in on.names()]
-    lines.append(f"measures: {', '.join(marked)}")
-    if not on.not_built():
-        lines.append(f"as options of `unlearn train`: {' '.join(options_of(plan))}")
+    lines.append(f"measures: {', '.join(on.names())}")
+    lines.append(f"as options of `unlearn train`: {' '.join(options_of(plan))}")
     lines.append(f"predicted: {plan.seconds:.3g} s a step on {rates.name} ({rates.source})")
     return lines
 

@@ -73,8 +73,11 @@ def _load_data(config: TrainConfig) -> tuple[Any, Any]:
     """(tokenizer, training set): everything but the weights."""
     from unlearn.batches import load_training_set
     from unlearn.methods import check_config
+    from unlearn.quantized import bitsandbytes
 
     check_config(config)
+    if config.lora_4bit:
+        bitsandbytes("lora_4bit")
     quiet_transformers()
     tokenizer, longest = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     return tokenizer, load_training_set(config, tokenizer, max_length=config.max_length or longest)
@@ -89,9 +92,9 @@ def _load(config: TrainConfig) -> tuple[Any, Any, Any]:
     check_config(config)
     device = resolve_device(config.device)
     tokenizer, data = _load_data(config)
-    trust = config.trust_remote_code
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "in_4bit": config.lora_4bit}
     with loading(config.model):
-        model = load_model(config.model, dtype=config.dtype, device=device, trust_remote_code=trust)
+        model = load_model(config.model, dtype=config.dtype, device=device, **options)
     if config.lora is None and adapters.layers(model):
         print(adapters.merge_line(adapters.merge(model), config.dtype))
     return model, tokenizer, data
