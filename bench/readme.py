@@ -67,6 +67,20 @@ def _results_table(case: str, columns: dict[str, str], spread: tuple[str, ...]) 
     return _markdown(lines) + _source(case, rows) + f" A run took {wall / 60:.1f} minutes."
 
 
+def demo_backends_table() -> str:
+    """Seconds of each model of the demo, and of the whole, by backend."""
+    rows = read("demo_backends")
+    if not rows:
+        return "No rows yet: `python -m bench.demo --backends` makes `bench/results/demo_backends.jsonl`."
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines = [["backend", *models, "whole demo [s]"], ["---"] + ["---:"] * (len(models) + 1)]
+    for backend in dict.fromkeys(row["backend"] for row in rows):
+        mine = {row["model"]: row for row in rows if row["backend"] == backend}
+        cells = [f"{mine[model]['seconds']:.1f}" for model in models]
+        lines.append([backend, *cells, f"{mine[models[0]]['wall_s']:.0f}"])
+    return _markdown(lines) + _source("demo_backends", rows)
+
+
 def cpu_table() -> str:
     """Units, errors and memory on a CPU of this project and of plain torch, a line per shape, dtype and provider."""
     return _cpu_table("cpu_ours")
@@ -278,6 +292,7 @@ def _thousands(tokens: int) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo_table,
+    "demo-backends": demo_backends_table,
     "tofu": tofu_table,
     "cpu": cpu_table,
     "cpu-peers": cpu_peers_table,
