@@ -101,9 +101,9 @@ class Bench:
         forget, keep = (Sequence(key, row, 1) for key, row in zip(("forget", "retain"), ids, strict=True))
         return Documents(forget, keep if retain else None)
 
-    def config(self, on: Measures) -> TrainConfig:
-        """The settings that switch on what was planned."""
-        return settings(**settings_of(on))
+    def config(self, on: Measures, **more: Any) -> TrainConfig:
+        """The settings that switch on what was planned, and what no plan counts."""
+        return settings(**settings_of(on), **more)
 
     def expected(self, plan: Plan) -> float:
         """Seconds of a case: one step, and one document's reference pass, a quarter of what it takes there."""

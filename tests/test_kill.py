@@ -240,3 +240,12 @@ def test_alternates_killed_and_resumed(files, folder):
         if kills == 2:
             break
     assert kills == 2
+
+
+def test_a_lock_left_by_a_finished_run_goes(files, whole, folder, capsys):
+    """Killed between its last line and the end of the process."""
+    method, expected, _ = whole
+    shutil.copytree(expected, folder / "out")
+    (folder / "out" / "lock").touch()
+    assert cli.main([*train_arguments(files, folder / "out", method), "--resume"]) == 0
+    assert "is finished" in capsys.readouterr().out and not (folder / "out" / "lock").exists()

@@ -112,6 +112,17 @@ def test_a_run_engages_them_and_ends_without(tmp_path, monkeypatch):
     assert calls == [run(config)]
 
 
+def test_a_dry_run_knows_them_without_weights(tmp_path, monkeypatch, capsys):
+    stand_in(monkeypatch, lambda model, **switches: None)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    save_tiny(tmp_path / "model")
+    rows = write_rows(tmp_path / "rows.jsonl", [{"question": "Who?", "answer": "Mara Quill."}])
+    arguments = ["train", "--method", "ga", "--model", str(tmp_path / "model"), "--forget", rows, "--output",
+                 str(tmp_path / "out"), "--lr", "1e-3", "--epochs", "1", "--batch-size", "1", "--seed", "0",
+                 "--warmup-epochs", "0", "--liger-kernels", "--dry-run"]  # fmt: skip
+    assert cli.main(arguments) == 0, capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [

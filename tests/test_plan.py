@@ -398,6 +398,24 @@ def test_the_gpu_named_as_a_remedy_is_the_smallest_that_would_do():
     assert not choose(EIGHT, Load((131072,), 2), Budget((gib - 1) * GIB), Wanted()).fits
 
 
+@pytest.mark.parametrize(("gpu", "host"), [(24, 8), (48, 16), (74, 16)])
+def test_a_host_named_as_a_remedy_and_a_gpu_beside_this_host_would_do(gpu, host):
+    load, budget = Load((131072,), 2), Budget(gpu * GIB, host * GIB)
+    made = choose(EIGHT, load, budget, Wanted())
+    named = plan.remedies(made, lambda n: Load((n,), 2), Wanted())
+    assert not made.fits and any("a GPU of" in text for text in named)
+    for text in named:
+        gib = int("".join(filter(str.isdigit, text)) or 0) * GIB
+        if "GPU of" in text:
+            assert choose(EIGHT, load, dataclasses.replace(budget, gpu=gib), Wanted()).fits
+        elif "host memory" in text:
+            assert choose(EIGHT, load, dataclasses.replace(budget, host=gib), Wanted()).fits
+    # states that the host cannot hold
+    away = Wanted("adamw-offload")
+    made = choose(EIGHT, load, dataclasses.replace(budget, host=40 * GIB), away)
+    assert not any("a GPU of" in text for text in plan.remedies(made, lambda n: Load((n,), 2), away))
+
+
 def test_stepping_in_the_backward_takes_the_whole_step_in_one_pack():
     on = Measures(checkpointing=True, optimizer="adamw8bit", in_backward=True)
     made = plan.make(EIGHT, Load((1000,), 2), on, H200)

@@ -29,7 +29,7 @@ from tests.test_train import (
     stop_after,
 )
 from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer, write_rows
-from unlearn import adapters, cli, methods, plan, quantized
+from unlearn import adapters, cli, footprint, methods, quantized
 from unlearn.batches import epoch_steps, with_reference
 from unlearn.data import collate
 from unlearn.dryrun import dry_run
@@ -246,7 +246,7 @@ def test_bytes_of_a_matrix_are_the_plans():
     layer = bnb.nn.Linear4bit(2048, 1024, bias=False, compress_statistics=True, quant_type="nf4")
     layer.to("cpu")
     assert layer.weight.dtype == torch.uint8
-    assert stored_bytes(layer) - 1092 == plan.NF4_BYTES * 2048 * 1024
+    assert stored_bytes(layer) - 1092 == footprint.NF4_BYTES * 2048 * 1024
 
 
 def test_the_whole_model_never_stands_in_bf16(tmp_path):

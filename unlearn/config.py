@@ -133,8 +133,8 @@ class TrainConfig:
         default=None,
     )
     host_memory: str | None = option(
-        "the same of the host, for layers' inputs (default: on a GPU four fifths of the machine's, otherwise not "
-        "limited)",
+        "the same of the host, for layers' inputs and optimizer states (default: on a GPU four fifths of the "
+        "machine's, otherwise not limited)",
         default=None,
     )
     save_every: int = option("optimizer steps between checkpoints (0: none before the end)", default=0)

@@ -27,6 +27,7 @@ from unlearn.longcontext import long_context
 from unlearn.measures import HOST_STATE_BYTES, STATE_BYTES, Measures
 from unlearn.methods import check_config
 from unlearn.model import check_ids, resolve_device
+from unlearn.optimizers import check_device
 from unlearn.runfiles import METRICS_FILE
 from unlearn.scoring import unique
 from unlearn.train import check_packs, learning_rates, reference_sequences
@@ -44,6 +45,7 @@ def dry_run(config: TrainConfig, skeleton: nn.Module, tokenizer: Any, data: Trai
     check_packs(packing, config)
     expected = _forecast(config, skeleton, packing)
     config = expected.config
+    check_device(config.optimizer, expected.device)
     with long_context(skeleton, config, say=lambda text: None):  # what its layers cannot do
         pass
     check_ids(skeleton, unique(sequence for step in plan for sequence in step.sequences()))
@@ -94,12 +96,15 @@ def dry_run(config: TrainConfig, skeleton: nn.Module, tokenizer: Any, data: Trai
 
 
 def _forecast(config: TrainConfig, skeleton: nn.Module, packing: Packing) -> Forecast:
-    """On the device that the run would have; where that is not here, without its limits."""
-    device = torch.device("cpu")
+    """On the device that the run would have; where that is not here, without its limits. A named memory is of a GPU,
+    here or not, unless the run is to be on a CPU."""
+    here = torch.device("cpu")
     if config.gpu_memory is None:
         with contextlib.suppress(ValueError):
-            device = resolve_device(config.device)
-    return forecast(config, skeleton, packing, budget=budget_of(config, device), device=device)
+            here = resolve_device(config.device)
+    elsewhere = config.device.startswith("cuda") or (config.device == "auto" and config.gpu_memory is not None)
+    there = torch.device("cuda") if here.type == "cpu" and elsewhere else here
+    return forecast(config, skeleton, packing, budget=budget_of(config, here), device=there)
 
 
 def _measures(expected: Forecast) -> dict[str, Any]:

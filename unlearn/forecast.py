@@ -25,7 +25,7 @@ from unlearn.tiled import decoder_layers, not_understood
 from unlearn_kernels import Options
 
 MIB = 1 << 20
-# Of the host's memory, for layers' inputs.
+# Of the host's memory, for layers' inputs and optimizer states.
 HOST_SHARE = 0.8
 # Nats by which a step is taken to move a token's log-probability, for the warning alone.
 DRIFT = 1e-3
@@ -72,7 +72,11 @@ class Forecast:
 
     def _warning(self, plan: Plan) -> str:
         everything: dict[str, Any] = {**dict.fromkeys(OFF), "optimizer": BY_NEED}
-        wanted = wanted_of(dataclasses.replace(self.config, **everything), plan.shape)
+        wanted = wanted_of(
+            dataclasses.replace(self.config, **everything),
+            plan.shape,
+            available=lambda name: is_available(name, self.device),
+        )
         other = choose(plan.shape, plan.load, plan.budget, wanted)
         if not other.fits and wanted.adapter is None:
             other = choose(plan.shape, plan.load, plan.budget, dataclasses.replace(wanted, adapter="lora"))
@@ -81,7 +85,9 @@ class Forecast:
             short = f"that and a reserve are {-plan.headroom / MIB:.0f} MiB more than the GPU has"
         else:
             lacking = plan.host - (plan.budget.host or 0.0)
-            short = f"the layers' inputs are {lacking / MIB:.0f} MiB more than the host has"
+            kept = ["the layers' inputs"] if plan.on.host_layers else []
+            kept += ["the optimizer's states"] if plan.host_states else []
+            short = f"{' and '.join(kept)} are {lacking / MIB:.0f} MiB more than the host has"
         return f"warning: {short}; {advice}; the run goes on, since plans are careful"
 
     @contextlib.contextmanager

@@ -66,7 +66,8 @@ def _applier(model: nn.Module) -> Callable[..., None]:
     if config.hidden_act not in ("silu", "swish"):
         raise ValueError(f"liger_kernels: the MLP's activation is {config.hidden_act!r}; silu is accepted")
     device = next(model.parameters()).device.type
-    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    # meta: a dry run's, which may stand for a GPU that is not here
+    if device not in ("cuda", "meta") and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"liger_kernels: the model is on {device!r}; liger-kernel's kernels run on a GPU")
     try:
         import liger_kernel.transformers as liger

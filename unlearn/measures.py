@@ -64,6 +64,7 @@ class Measures:
             *([self.adapter] if self.adapter else []),
         )
 
+
 @dataclass(frozen=True)
 class Load:
     """What one optimizer step feeds: the fed tokens of each sequence of its largest pack, how many packs (micro-batches

@@ -42,6 +42,14 @@ def is_available(name: str, device: torch.device) -> bool:
     return name != "adamw-offload" or device.type == "cuda"
 
 
+def check_device(name: str, device: torch.device) -> None:
+    """Raises ValueError for an optimizer that does nothing for weights on `device`."""
+    if name == "adamw-offload" and device.type != "cuda":
+        raise ValueError(
+            f"optimizer: adamw-offload spares a GPU's memory and the model is on {device.type!r}; adamw is accepted"
+        )
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):  # torchao: a number would be compiled in
@@ -166,11 +174,7 @@ class _OwnNoise:
 
 
 def _adamw_offload(weights: list[Tensor], **options: Any) -> torch.optim.Optimizer:
-    device = weights[0].device.type
-    if device != "cuda":
-        raise ValueError(
-            f"optimizer: adamw-offload spares a GPU's memory and the model is on {device!r}; adamw is accepted"
-        )
+    check_device("adamw-offload", weights[0].device)
     return AdamWOffload(weights, **options)
 
 

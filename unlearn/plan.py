@@ -294,8 +294,23 @@ def remedies(plan: Plan, load: Callable[[int], Load], wanted: Wanted) -> list[st
     longest = longest_context(shape, load, budget, wanted)
     if longest:
         found.append(f"a context of at most {longest} tokens")
-    if budget.host is not None and plan.host > budget.host:
-        found.append(f"{plan.host / GIB:.0f} GiB of host memory")
-    unlimited = choose(shape, load(context), replace(budget, gpu=0.0), wanted)
-    found.append(f"a GPU of {math.ceil((unlimited.total + unlimited.reserve) / GIB)} GiB")
+    if budget.host is not None:
+        roomy = choose(shape, load(context), replace(budget, host=None), wanted)
+        if roomy.fits:
+            found.append(f"{math.ceil(roomy.host / GIB)} GiB of host memory")
+    if gib := _smallest_gpu(shape, load(context), budget, wanted):
+        found.append(f"a GPU of {gib} GiB")
     return found
+
+
+def _smallest_gpu(shape: Shape, load: Load, budget: Budget, wanted: Wanted) -> int | None:
+    """In GiB, beside this host; None where no GPU makes up for what the host lacks."""
+    enough = choose(shape, load, replace(budget, gpu=None), wanted)
+    if not enough.fits:
+        return None
+    low, high = 1, math.ceil((enough.total + enough.reserve) / GIB)
+    while low < high:
+        middle = (low + high) // 2
+        fits = choose(shape, load, replace(budget, gpu=float(middle * GIB)), wanted).fits
+        low, high = (low, middle) if fits else (middle + 1, high)
+    return low

@@ -5,7 +5,7 @@ Every linear layer but the head holds its matrix as nf4, half a byte a weight, w
 the backward widens it once more, for the gradient of the layer's input, and the matrix gets none. Embeddings, norms and
 the head stay as they are: the head's kernel reads a plain weight.
 
-bitsandbytes is an optional package and is imported where it is used; unlearn.plan counts the bytes.
+bitsandbytes is an optional package and is imported where it is used; unlearn.footprint counts the bytes.
 """
 
 from __future__ import annotations

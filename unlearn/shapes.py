@@ -86,7 +86,7 @@ SHAPES = {
         _known("qwen3-8b", "Qwen/Qwen3-8B", (4096, 12288, 36, 32, 8, 151936), qk_norm=True, head_dim=128),
     )
 }
-# What transformers calls the layers that the formulas below count.
+# What transformers calls the layers that unlearn.footprint counts.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 

@@ -134,7 +134,7 @@ def values(problem: Problem) -> tuple[Coefficients, Kept | None]:
         sums_N.add_(part_N)
     rows = problem.finish(all_inputs, target_logit_N, offset_N, sums_N, None, scratch)
     # a row that was redone has another offset than its part of E
-    return rows, kept if torch.equal(offset_N, target_logit_N + OFFSET) else None
+    return rows, kept if kept.e_NS and torch.equal(offset_N, target_logit_N + OFFSET) else None
 
 
 def gradients(problem: Problem, rows: Coefficients, kept: Kept | None) -> Gradients:
@@ -274,7 +274,10 @@ class StreamedChunks:
 
     def _add_products(self, e_CS: Tensor, cols: slice, sums: list[Tensor], *, accumulate: bool) -> None:
         """(+)= E W of these columns, and E B."""
-        none = torch.zeros(len(e_CS), dtype=torch.int64), e_CS.new_zeros(len(e_CS), dtype=self.problem.dtype)
+        none = (
+            torch.zeros(len(e_CS), dtype=torch.int64, device=e_CS.device),
+            e_CS.new_zeros(len(e_CS), dtype=self.problem.dtype),
+        )
         for total, matrix in zip(sums, _matrices(self.problem), strict=True):
             self.problem.backend.steps.row_grad(e_CS, matrix[cols], *none, none[1] - 1, accumulate, total, self.scratch)
 

@@ -68,9 +68,14 @@ def release_memory() -> int:
     return int(operators().release_memory()) if _load.cache_info().currsize and load() else 0
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def serves_bf16() -> bool:
     """Whether this CPU multiplies bf16 tiles into float32 (AMX or AVX-512 BF16)."""
+    return _serves_bf16()
+
+
+@functools.cache
+def _serves_bf16() -> bool:
     return bool(operators().serves_bf16())
 
 

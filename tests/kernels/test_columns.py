@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import unlearn_kernels as uk
-from tests.kernels.cases import DIFFERENTIABLE, check_gradients, make_case, widest
+from tests.kernels.cases import DIFFERENTIABLE, check_gradients, make_case, relative_error, widest
 from unlearn_kernels import backends, columns, reference
 
 pytestmark = [
@@ -199,6 +199,26 @@ def test_a_retained_graph_gives_the_same_gradients_twice():
     second = torch.autograd.grad(value, leaves)
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other) and one.data_ptr() != other.data_ptr()
+
+
+@pytest.mark.parametrize(("frozen", "own"), [((), False), ((), True), (("weight",), True)])
+def test_a_full_graph(frozen, own, backend, monkeypatch):
+    """Whether the backend is told to prefer this or says so itself."""
+    if own:
+        prefers = backends.native_backend.prefers_columns
+        monkeypatch.setitem(backends.BACKENDS, backend, replace(backends.BACKENDS[backend], prefers_columns=prefers))
+    torch._dynamo.reset()
+    case = make_case(ROWS, 32, VOCAB, torch.bfloat16).like(frozen=frozen)
+
+    def run(hidden, weight):
+        case.hidden, case.weight = hidden, weight
+        return tokens(0.4)(case)
+
+    inputs, leaves = (case.hidden, case.weight), list(case.leaves().values())
+    plain = torch.autograd.grad(run(*inputs), leaves)
+    compiled = torch.autograd.grad(torch.compile(run, fullgraph=True, backend="aot_eager")(*inputs), leaves)
+    for mine, expected in zip(compiled, plain, strict=True):
+        assert relative_error(mine, expected) <= 5e-3
 
 
 # ------------------------------------------------------------------------------------------------------- hidden alone

@@ -42,7 +42,9 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--gpu-memory", required=True, metavar="SIZE", help="24, 80GB (10**9 bytes), 141GiB; a number is GiB"
     )
-    parser.add_argument("--host-memory", metavar="SIZE", help="for checkpoints (default: not limited)")
+    parser.add_argument(
+        "--host-memory", metavar="SIZE", help="for checkpoints and optimizer states (default: not limited)"
+    )
     optimizers = [BY_NEED, *(name + suffix for name in STATE_BYTES for suffix in ("", IN_BACKWARD))]
     parser.add_argument(
         "--optimizer", choices=optimizers, default=BY_NEED, help=f"default, by need: {', '.join(OPTIMIZERS)}"
