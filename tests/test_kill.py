@@ -242,10 +242,13 @@ def test_alternates_killed_and_resumed(files, folder):
     assert kills == 2
 
 
-def test_a_lock_left_by_a_finished_run_goes(files, whole, folder, capsys):
-    """Killed between its last line and the end of the process."""
+def test_what_a_finished_run_left_goes(files, whole, folder, capsys):
+    """Killed while it deleted an old checkpoint, or between its last line and the end of the process."""
     method, expected, _ = whole
     shutil.copytree(expected, folder / "out")
     (folder / "out" / "lock").touch()
+    (folder / "out" / "checkpoints" / "tmp-delete-step-00000002").mkdir()
     assert cli.main([*train_arguments(files, folder / "out", method), "--resume"]) == 0
-    assert "is finished" in capsys.readouterr().out and not (folder / "out" / "lock").exists()
+    assert "is finished" in capsys.readouterr().out
+    assert_same_run(folder / "out", expected)
+    assert not list((folder / "out" / "checkpoints").glob("tmp-*"))

@@ -34,7 +34,7 @@ def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 1)
     if current is not None and step_of(current) >= step:
         raise ValueError(f"{current} is already the latest checkpoint, cannot save step {step} after it")
     root.mkdir(parents=True, exist_ok=True)
-    _remove_strays(root)
+    remove_strays(root)
     folder = root / f"step-{step:08d}"
     unfinished, pointer = root / f"tmp-{folder.name}", root / f"tmp-{_POINTER}"
     if folder.exists():  # complete, but a kill came before the pointer named it
@@ -51,7 +51,7 @@ def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 1)
         os.replace(pointer, root / _POINTER)
         fsync_dir(root)
     except BaseException:
-        _remove_strays(root)
+        remove_strays(root)
         raise
     _prune(root, step, keep)
     return folder
@@ -146,7 +146,8 @@ def _delete(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _remove_strays(root: Path) -> None:
+def remove_strays(root: Path) -> None:
+    """What a kill left half-written or half-deleted."""
     for path in root.glob("tmp-*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

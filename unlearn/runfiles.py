@@ -170,6 +170,12 @@ def is_finished(output: Path, config: dict[str, Any]) -> bool:
     return finished
 
 
+def tidy(output: Path) -> None:
+    """Removes what a kill in a finished run's last moment left. Raises ValueError while another process holds it."""
+    with alone_in(output):
+        checkpoint.remove_strays(output / CHECKPOINT_FOLDER)
+
+
 def _latest(output: Path) -> Path | None:
     try:
         return checkpoint.latest(output / CHECKPOINT_FOLDER)

@@ -201,6 +201,7 @@ def test_a_retained_graph_gives_the_same_gradients_twice():
         assert torch.equal(one, other) and one.data_ptr() != other.data_ptr()
 
 
+@pytest.mark.usefixtures("unpoisoned")
 @pytest.mark.parametrize(("frozen", "own"), [((), False), ((), True), (("weight",), True)])
 def test_a_full_graph(frozen, own, backend, monkeypatch):
     """Whether the backend is told to prefer this or says so itself."""

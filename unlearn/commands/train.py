@@ -110,14 +110,14 @@ def _train(args: argparse.Namespace) -> int:
         return _dry_run(config, args)
     if args.json:
         raise ValueError("json: given, but without --dry-run nothing would read it")
-    from unlearn.runfiles import alone_in, as_begun, is_finished
+    from unlearn.runfiles import as_begun, is_finished, tidy
     from unlearn.train import MODEL_FOLDER, train
 
     if args.resume:
         config = as_begun(config)
     if args.resume and is_finished(Path(config.output), config.to_dict()):
-        with contextlib.suppress(ValueError), alone_in(Path(config.output)):
-            pass  # a kill in the last moment left the lock's file
+        with contextlib.suppress(ValueError):
+            tidy(Path(config.output))
         print(f"the run in {config.output} is finished; its model is in {Path(config.output) / MODEL_FOLDER}")
         return 0
     model, tokenizer, data = _load(config)
