@@ -67,7 +67,7 @@ def backends(seed: int) -> int:
         without = mock.patch.object(native, "load", lambda: False) if name == "torch" else contextlib.nullcontext()
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as scratch, without:
-            results = run_demo(Path(scratch), seed=seed)
+            results = run_demo(Path(scratch), data=None, seed=seed)
         wall = round(time.perf_counter() - start, 1)
         for entry in results["models"]:
             seconds = entry["metrics"]["seconds"]
