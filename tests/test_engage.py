@@ -313,6 +313,19 @@ def test_a_model_that_cannot_be_planned_engages_nothing(tmp_path, name, kept):
         assert (made.gradient_checkpointing, made.offload_checkpoints, made.optimizer) == (True, expected, "adamw")
 
 
+@pytest.mark.parametrize("named", ["1", "all"])
+def test_what_waits_on_the_host_is_recomputed(documents, named):
+    """Without limits too, and for a model that is not planned."""
+    folder, skeleton, made = documents
+    config = config_of(folder, "--offload-checkpoints", named)
+    planned = forecast.forecast(config, skeleton, packing_of(made, CONTEXT), budget=Budget(None), device=CPU)
+    for found in (planned.config, settled(config, None, limited=False)):
+        assert found.gradient_checkpointing and found.tile_tokens == 0
+    assert planned.plan.on.host_layers == (1 if named == "1" else planned.plan.shape.layers)
+    tiles = settled(dataclasses.replace(config, tile_tokens=64), None, limited=False)
+    assert (tiles.gradient_checkpointing, tiles.tile_tokens) == (False, 64)
+
+
 def test_layers_that_cannot_be_tiled_are_not(documents):
     """A model of a known type whose layers are someone's own: recomputed and sent to the host, never tiled."""
     folder, skeleton, made = documents

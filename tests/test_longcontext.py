@@ -121,7 +121,10 @@ def test_more_layers_than_there_are(tmp_path, values, message):
     [
         ({"tile_tokens": -1}, "tile_tokens: -1 is not accepted; a number of 0 or more is"),
         ({"save_attention": True}, "save_attention: given, but without tile_tokens"),
-        ({"offload_checkpoints": "all"}, "offload_checkpoints: all given, but without gradient_checkpointing"),
+        (
+            {"offload_checkpoints": "all", "gradient_checkpointing": False},
+            "offload_checkpoints: all given, but with gradient_checkpointing off and without tile_tokens",
+        ),
         ({"offload_checkpoints": "most", "tile_tokens": 4}, "offload_checkpoints: 'most' is not accepted; a number of"),
         ({"offload_checkpoints": "-1", "tile_tokens": 4}, "offload_checkpoints: '-1' is not accepted"),
     ],

@@ -390,6 +390,12 @@ def test_adapters_are_used_only_when_asked_for_and_named_as_a_remedy():
     assert with_adapter.fits and with_adapter.on.adapter == "lora"
 
 
+def test_float32_gets_no_remedy_that_it_is_not_planned_with():
+    made = choose(EIGHT, Load((65536,), 2), Budget(48e9), Wanted(itemsize=4))
+    named = "; ".join(plan.remedies(made, lambda n: Load((n,), 2), Wanted(itemsize=4)))
+    assert not made.fits and "qlora" not in named and "adafactor" not in named and "a GPU of" in named
+
+
 def test_the_gpu_named_as_a_remedy_is_the_smallest_that_would_do():
     made = choose(EIGHT, Load((131072,), 2), Budget(24 * GIB), Wanted())
     (named,) = [text for text in plan.remedies(made, lambda n: Load((n,), 2), Wanted()) if "a GPU of" in text]

@@ -211,9 +211,9 @@ class TrainConfig:
         if wanted not in (None, BY_NEED):
             if wanted != "all" and not (wanted.isascii() and wanted.isdigit()):
                 raise ValueError(f"offload_checkpoints: {wanted!r} is not accepted; a number of layers, all, auto are")
-            if wanted.strip("0") and not (self.tile_tokens or self.gradient_checkpointing):
+            if wanted.strip("0") and self.gradient_checkpointing is False and not self.tile_tokens:
                 raise ValueError(
-                    f"offload_checkpoints: {wanted} given, but without gradient_checkpointing or tile_tokens"
+                    f"offload_checkpoints: {wanted} given, but with gradient_checkpointing off and without tile_tokens"
                     " no layer is recomputed from its input"
                 )
         if self.optimizer_in_backward and self.max_grad_norm is not None:

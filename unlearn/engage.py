@@ -115,6 +115,8 @@ def settled(config: TrainConfig, plan: Plan | None, *, limited: bool) -> TrainCo
         recomputed = config.gradient_checkpointing or config.tile_tokens
         every = limited and recomputed and config.offload_checkpoints == BY_NEED
         found = {**OFF, "offload_checkpoints": "all" if every else "0", "optimizer": OPTIMIZERS[0]}
+        if layers_on_host(config, 1) and not config.tile_tokens:  # what waits there has to be recomputed
+            found["gradient_checkpointing"] = True
         found["optimizer_in_backward"] = config.optimizer_in_backward
     names = [name for name in (*OFF, "optimizer") if is_open(config, name)]
     if "optimizer" in names:

@@ -32,7 +32,7 @@ from unlearn.footprint import (
     update_bytes,
     weight_bytes,
 )
-from unlearn.measures import GIB, IN_BACKWARD, Load, Measures
+from unlearn.measures import FLOAT32, GIB, IN_BACKWARD, Load, Measures
 from unlearn.rates import RATES, Rates, step_seconds
 from unlearn.shapes import Shape
 
@@ -281,13 +281,14 @@ def remedies(plan: Plan, load: Callable[[int], Load], wanted: Wanted) -> list[st
     """What would make a plan fit that does not, one sentence each."""
     shape, budget, context = plan.shape, plan.budget, plan.load.lengths[0]
     found = []
-    for adapter in ("lora", "qlora"):
+    in_bf16 = wanted.itemsize < FLOAT32  # float32 is planned with adamw and without 4 bits
+    for adapter in ("lora", "qlora") if in_bf16 else ("lora",):
         if wanted.adapter not in (adapter, "qlora"):
             other = choose(shape, load(context), budget, replace(wanted, adapter=adapter, optimizer=None))
             if other.fits:
                 found.append(f"{adapter} of rank {wanted.rank}")
                 break
-    if wanted.optimizer is None and wanted.adapter is None:
+    if wanted.optimizer is None and wanted.adapter is None and in_bf16:
         other = choose(shape, load(context), budget, replace(wanted, optimizer="adafactor" + IN_BACKWARD))
         if other.fits:
             found.append(f"--optimizer adafactor{IN_BACKWARD}")
