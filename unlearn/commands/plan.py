@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -136,7 +135,8 @@ def _settings(args: argparse.Namespace) -> TrainConfig:
         batch_size=1,
         seed=0,
         dtype=args.dtype,
-        lora=args.lora,
+        lora=args.lora or args.qlora,
+        lora_4bit=args.qlora is not None,
         optimizer="adamw" if args.dtype == "float32" else optimizer,
         optimizer_in_backward=args.optimizer_in_backward or optimizer != args.optimizer,
         gradient_checkpointing=args.gradient_checkpointing,
@@ -168,8 +168,6 @@ def _plan(args: argparse.Namespace) -> int:
     wanted = wanted_of(config, shape)
     if (wanted.host_layers or 0) > shape.layers:
         raise ValueError(f"offload_checkpoints: {wanted.host_layers} is not accepted; 0 to {shape.layers} layers are")
-    if args.qlora:
-        wanted = dataclasses.replace(wanted, adapter="qlora", rank=args.qlora)
 
     def load(context: int) -> Load:
         together = max(1, min(args.documents, (args.max_tokens or context) // context))
